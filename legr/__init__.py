@@ -1,0 +1,21 @@
+"""LeGR: efficient model compression via learned global ranking (Chin et al., CVPR 2020)."""
+
+from legr import models
+from legr.errors import UserError
+from legr.graph import Graph, trace
+from legr.ranking import Ranking, filter_norms, select, select_uniform
+from legr.search import learn_ranking
+from legr.surgery import prune
+
+__all__ = [
+    "Graph",
+    "Ranking",
+    "UserError",
+    "filter_norms",
+    "learn_ranking",
+    "models",
+    "prune",
+    "select",
+    "select_uniform",
+    "trace",
+]

@@ -1,0 +1,371 @@
+"""What a network is made of, found by tracing it: prunable layers, coupled units, FLOPs.
+
+Every tensor carries one label per channel. Operations pass labels on, and those that force two
+channels to live or die together (a residual add, a depthwise convolution) join their labels.
+What is joined in the end is one *unit*; labels joined with `FIXED` (the input's, the output's)
+can't be pruned. Nothing here knows an architecture.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
+
+from legr.errors import UserError
+
+FIXED = 0  # the label of channels that must stay
+Labels = np.ndarray  # int64 [channels]; [features] after a flatten
+
+# Operations that treat every channel alike and keep the channels' order.
+CHANNELWISE_MODULES = (
+    nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.Sigmoid, nn.Tanh,
+    nn.Hardswish, nn.Hardsigmoid, nn.Dropout, nn.Dropout2d, nn.Identity,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+CHANNELWISE_FUNCTIONS = {
+    torch.relu, F.relu, F.relu6, F.leaky_relu, F.gelu, F.silu, F.mish, F.elu, F.hardswish, F.hardsigmoid,
+    torch.sigmoid, torch.tanh, F.dropout, F.dropout2d,
+    F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
+}  # fmt: skip
+CHANNELWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh", "contiguous", "float", "clone"}
+# Elementwise operations on two tensors: both sides' channels live and die together.
+JOINING = {operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul, "add", "add_", "mul", "mul_"}
+SIZES = {"size", "dim"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution whose filters can be pruned."""
+
+    name: str  # the module's path in the network
+    width: int  # its filters in the dense network
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A node of the traced network that surgery changes, with the labels of its channels."""
+
+    node: str  # the node's name in the traced graph
+    module: str | None  # the module's path; None for a function
+    inputs: Labels
+    outputs: Labels
+    flops_per_pair: int = 0  # multiply-accumulates for one input channel and one output channel
+
+
+@dataclass
+class Graph:
+    """A traced network. `layers` are its prunable convolutions in execution order."""
+
+    layers: list[Layer]
+    operations: list[Operation]
+    traced: fx.Graph
+    modules: frozenset[str]  # paths of all modules that the traced network calls
+    filters: list[Labels]  # per layer [width]: the label of each filter
+    units: list[np.ndarray] = field(init=False)  # per layer [width]: unit of each filter, -1 if it must stay
+    unit_count: int = field(init=False)
+
+    def __post_init__(self):
+        # Units are numbered by their first filter, which settles equal scores.
+        labels = np.concatenate(self.filters) if self.filters else np.empty(0, np.int64)
+        free, first = np.unique(labels[labels != FIXED], return_index=True)
+        number = dict(zip(free[np.argsort(first)].tolist(), range(len(free)), strict=True))
+        self.unit_count = len(number)
+        self.units = [np.array([number.get(x, -1) for x in f.tolist()], np.int64) for f in self.filters]
+
+        # FLOPs are a sum of products of channel counts. Units that count alike form one space.
+        self._unit_of_label = number
+        sides = [(self._units_of(o.inputs), self._units_of(o.outputs)) for o in self.operations if o.flops_per_pair]
+        self._flops_per_pair = np.array([o.flops_per_pair for o in self.operations if o.flops_per_pair], np.int64)
+        columns = [np.bincount(u[u >= 0], minlength=self.unit_count) for pair in sides for u in pair]
+        columns += [np.bincount(u[u >= 0], minlength=self.unit_count) for u in self.units]
+        table = np.stack(columns, 1) if columns else np.zeros((self.unit_count, 0), np.int64)
+        spaces, space = np.unique(table, axis=0, return_inverse=True)
+        self.space = space.reshape(-1)  # [units]
+        self.per_space = spaces[:, 2 * len(sides) :]  # [spaces, layers]: filters of a layer in one unit
+        self._channels = spaces[:, : 2 * len(sides)]  # [spaces, 2 × operations]: channels in one unit
+        self._always = np.array([(u < 0).sum() for pair in sides for u in pair], np.int64)
+
+    def _units_of(self, labels: Labels) -> np.ndarray:
+        return np.array([self._unit_of_label.get(x, -1) for x in labels.tolist()], np.int64)
+
+    def flops_of_counts(self, counts: np.ndarray) -> int:
+        """FLOPs when counts[s] units are kept in space s."""
+        channels = self._always + counts @ self._channels
+        return int((self._flops_per_pair * channels[0::2] * channels[1::2]).sum())
+
+    def kept_units(self, kept: Sequence[Tensor] | None) -> np.ndarray:
+        """Per-layer masks as one mask over units; UserError if they are not a selection of this network."""
+        mask = np.ones(self.unit_count, bool)
+        if kept is None:
+            return mask
+        check_per_layer(self, kept, "kept")
+        for units, keep in zip(self.units, kept, strict=True):
+            mask[units[units >= 0]] &= keep.cpu().numpy()[units >= 0]
+        for layer, units, keep in zip(self.layers, self.units, kept, strict=True):
+            if (np.where(units >= 0, mask[units], True) != keep.cpu().numpy()).any():
+                raise UserError(
+                    f"kept keeps only a part of some coupled filters in layer {layer.name}; keep all of them or none"
+                )
+        return mask
+
+    def masks(self, kept_units: np.ndarray) -> list[Tensor]:
+        """One bool tensor [width] per layer from a mask over units."""
+        return [torch.from_numpy(np.where(u >= 0, kept_units[u], True)) for u in self.units]
+
+    def kept_channels(self, kept_units: np.ndarray, labels: Labels) -> np.ndarray:
+        """Which of the labelled channels stay: bool, shaped as `labels`."""
+        units = self._units_of(labels)
+        return np.where(units >= 0, kept_units[units], True)
+
+    def flops(self, kept: Sequence[Tensor] | None = None) -> int:
+        """Multiply-accumulates of one image's forward pass: convolutions and linear layers."""
+        return self.flops_of_counts(np.bincount(self.space[self.kept_units(kept)], minlength=len(self.per_space)))
+
+    @property
+    def widths(self) -> list[int]:
+        return [layer.width for layer in self.layers]
+
+
+def check_per_layer(graph: Graph, values: Sequence[Tensor], name: str) -> None:
+    """Raise UserError unless `values` has one tensor [width] for each layer of `graph`."""
+    if len(values) != len(graph.layers):
+        raise UserError(f"{name} has {len(values)} layers; this network has {len(graph.layers)} prunable layers")
+    for layer, value in zip(graph.layers, values, strict=True):
+        if tuple(value.shape) != (layer.width,):
+            raise UserError(f"{name} for layer {layer.name} has shape {list(value.shape)}; it must be [{layer.width}]")
+
+
+def trace(model: nn.Module, example_input: Tensor) -> Graph:
+    """Find a network's prunable layers, coupled units and FLOPs. The network is left alone.
+
+    Args:
+        model: a convolutional classifier that torch.fx can trace.
+        example_input: [1, channels, height, width], for the shapes.
+
+    Raises:
+        UserError: names the operation and the module that can't be traced.
+    """
+    quiet = copy.deepcopy(model).eval()
+    try:
+        traced = fx.Tracer().trace(quiet)
+    except Exception as error:
+        raise UserError(f"{type(model).__name__} can't be traced by torch.fx: {str(error).splitlines()[0]}") from None
+    with torch.inference_mode():
+        device = next(quiet.parameters()).device
+        ShapeProp(fx.GraphModule(quiet, traced)).propagate(example_input.to(device))
+    return _Labeller(quiet, traced).graph()
+
+
+class _Labeller:
+    """Walks the traced network once, passing labels along and joining them."""
+
+    def __init__(self, model: nn.Module, traced: fx.Graph):
+        self.modules = dict(model.named_modules())
+        self.traced = traced
+        self.parent = [FIXED]
+        self.labels: dict[fx.Node, Labels] = {}
+        self.operations: list[Operation] = []
+        self.called: set[str] = set()
+
+    def graph(self) -> Graph:
+        for node in self.traced.nodes:
+            visit: Callable[[fx.Node], None] = getattr(self, node.op)
+            visit(node)
+        resolve = np.array([self.find(x) for x in range(len(self.parent))])
+        done = [
+            Operation(o.node, o.module, resolve[o.inputs], resolve[o.outputs], o.flops_per_pair)
+            for o in self.operations
+        ]
+        convs = [o for o in done if isinstance(self.modules.get(o.module or ""), nn.Conv2d)]
+        layers = [o for o in convs if (o.outputs != FIXED).any()]
+        return Graph(
+            [Layer(o.module, len(o.outputs)) for o in layers],
+            done,
+            self.traced,
+            frozenset(self.called),
+            [o.outputs for o in layers],
+        )
+
+    # Labels -------------------------------------------------------------------------------
+    def new(self, count: int) -> Labels:
+        start = len(self.parent)
+        self.parent += range(start, start + count)
+        return np.arange(start, start + count)
+
+    def find(self, label: int) -> int:
+        while self.parent[label] != label:
+            self.parent[label] = self.parent[self.parent[label]]
+            label = self.parent[label]
+        return label
+
+    def join(self, node: fx.Node, left: Labels, right: Labels) -> None:
+        if len(left) != len(right):
+            raise self.refused(node, f"it joins {len(left)} channels with {len(right)}")
+        for a, b in zip(left.tolist(), right.tolist(), strict=True):
+            a, b = sorted((self.find(a), self.find(b)))
+            self.parent[b] = a  # the smaller is the root, so FIXED always wins
+
+    def fix(self, node: fx.Node, labels: Labels) -> None:
+        self.join(node, labels, np.full(len(labels), FIXED))
+
+    # Nodes --------------------------------------------------------------------------------
+    def placeholder(self, node: fx.Node) -> None:
+        self.labels[node] = np.full(self.shape(node)[1], FIXED)
+
+    def output(self, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            self.fix(node, self.of(node, source))
+
+    def get_attr(self, node: fx.Node) -> None:
+        raise self.refused(node, "parameters outside of a layer are not supported")
+
+    def call_module(self, node: fx.Node) -> None:
+        name, module = str(node.target), self.modules[str(node.target)]
+        if name in self.called and next(module.parameters(), None) is not None:
+            raise self.refused(node, "the module is used twice, so its weights can't be pruned")
+        self.called.add(name)
+        inputs = self.of(node, node.args[0])
+        if isinstance(module, nn.Conv2d):
+            area = prod(module.kernel_size) * prod(self.shape(node)[2:])
+            depthwise = module.groups == module.in_channels == module.out_channels
+            if depthwise and module.groups > 1:
+                outputs = self.new(module.out_channels)
+                self.join(node, inputs, outputs)
+                pairs = np.array([FIXED])  # each filter reads one channel, whatever is kept
+            elif module.groups == 1:
+                outputs, pairs = self.new(module.out_channels), inputs
+            else:  # other grouped convolutions stay whole
+                self.fix(node, inputs)
+                outputs, pairs = (
+                    np.full(module.out_channels, FIXED),
+                    np.full(module.in_channels // module.groups, FIXED),
+                )
+            self.operations.append(Operation(node.name, name, pairs, outputs, area))
+            self.labels[node] = outputs
+        elif isinstance(module, nn.Linear):
+            if len(self.shape(node)) != 2:
+                raise self.refused(node, "a linear layer must follow a flatten")
+            outputs = np.full(module.out_features, FIXED)
+            self.operations.append(Operation(node.name, name, inputs, outputs, 1))
+            self.labels[node] = outputs
+        elif isinstance(module, nn.Flatten):
+            self.flatten(node, module.start_dim)
+        elif isinstance(module, CHANNELWISE_MODULES):
+            if isinstance(module, nn.BatchNorm2d):
+                self.operations.append(Operation(node.name, name, inputs, inputs))
+            self.labels[node] = inputs
+        else:
+            raise self.refused(node, "the module type is not supported")
+
+    def call_function(self, node: fx.Node) -> None:
+        function = node.target
+        if function in JOINING:
+            self.joining(node)
+        elif function in CHANNELWISE_FUNCTIONS:
+            self.labels[node] = self.of(node, node.args[0])
+        elif function is torch.flatten:
+            self.flatten(node, self.argument(node, 1, "start_dim", 0))
+        elif function is torch.cat:
+            if self.argument(node, 1, "dim", 0) not in (1, 1 - len(self.shape(node))):
+                raise self.refused(node, "only concatenation of channels (dim=1) is supported")
+            self.labels[node] = np.concatenate([self.of(node, x) for x in node.args[0]])
+        elif function is torch.mean:
+            self.mean(node)
+        elif function is F.pad:
+            self.pad(node)
+        elif function is operator.getitem:
+            self.getitem(node)
+        elif function is getattr and node.args[1] == "shape":
+            pass  # a size, not a tensor
+        else:
+            raise self.refused(node, "the operation is not supported")
+
+    def call_method(self, node: fx.Node) -> None:
+        if node.target in JOINING:
+            self.joining(node)
+        elif node.target in CHANNELWISE_METHODS:
+            self.labels[node] = self.of(node, node.args[0])
+        elif node.target == "flatten":
+            self.flatten(node, self.argument(node, 1, "start_dim", 0))
+        elif node.target in ("view", "reshape") and node.args[-1] == -1 and len(self.shape(node)) == 2:
+            self.flatten(node, 1)
+        elif node.target == "mean":
+            self.mean(node)
+        elif node.target not in SIZES:
+            raise self.refused(node, "the operation is not supported")
+
+    # Operations ---------------------------------------------------------------------------
+    def joining(self, node: fx.Node) -> None:
+        sides = [self.of(node, x) for x in node.args[:2] if isinstance(x, fx.Node)]
+        if len(sides) == 2:
+            self.join(node, *sides)
+        self.labels[node] = sides[0]
+
+    def flatten(self, node: fx.Node, start: int) -> None:
+        source = node.args[0]
+        before = self.shape(source)
+        if start != 1 or len(self.shape(node)) != 2:
+            raise self.refused(node, "only flattening from dimension 1 is supported")
+        self.labels[node] = np.repeat(self.of(node, source), prod(before[2:]))
+
+    def mean(self, node: fx.Node) -> None:
+        dims = self.argument(node, 1, "dim", None)
+        dims = {d % 4 for d in ([dims] if isinstance(dims, int) else dims or ())}
+        if len(self.shape(node.args[0])) != 4 or dims != {2, 3}:
+            raise self.refused(node, "only the mean over height and width is supported")
+        self.labels[node] = self.of(node, node.args[0])
+
+    def pad(self, node: fx.Node) -> None:
+        amounts = list(self.argument(node, 1, "pad", None)) + [0] * 8
+        mode, value = self.argument(node, 2, "mode", "constant"), self.argument(node, 3, "value", None)
+        front, back = amounts[4:6]
+        if any(amounts[6:8]) or front < 0 or back < 0 or ((front or back) and (mode != "constant" or value)):
+            raise self.refused(node, "channels can only be padded with zeros")
+        inputs = self.of(node, node.args[0])
+        # A zero channel lives as long as what it is later joined with.
+        outputs = np.concatenate([self.new(front), inputs, self.new(back)])
+        self.operations.append(Operation(node.name, None, inputs, outputs))
+        self.labels[node] = outputs
+
+    def getitem(self, node: fx.Node) -> None:
+        source, index = node.args
+        if source not in self.labels:
+            return  # an entry of a shape
+        index = index if isinstance(index, tuple) else (index,)
+        whole = all(i == slice(None) for i in index[:2])
+        if not whole or not all(isinstance(i, slice) for i in index):
+            raise self.refused(node, "only slices of height and width are supported")
+        self.labels[node] = self.of(node, source)
+
+    # Helpers ------------------------------------------------------------------------------
+    def of(self, node: fx.Node, source: Any) -> Labels:
+        if source not in self.labels:
+            raise self.refused(node, "it uses something that is not a feature map")
+        return self.labels[source]
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        meta = node.meta.get("tensor_meta")
+        if not hasattr(meta, "shape"):
+            raise self.refused(node, "it does not return one tensor")
+        return tuple(meta.shape)
+
+    @staticmethod
+    def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+        return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+    def refused(self, node: fx.Node, why: str) -> UserError:
+        stack = node.meta.get("nn_module_stack") or {}
+        owner = next(reversed(stack), "") if stack else ""
+        if node.op == "call_module":
+            what, owner = type(self.modules[str(node.target)]).__name__, str(node.target)
+        else:
+            what = getattr(node.target, "__name__", str(node.target))
+        return UserError(f"operation {what} in module {owner or '(the network itself)'} can't be pruned: {why}")

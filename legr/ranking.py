@@ -1,0 +1,190 @@
+"""Eq. 1 and LeGR-Pruning (Fig. 2), and the two baselines: norm-only and uniform."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from legr.errors import UserError
+from legr.files import write_json
+from legr.graph import Graph, check_per_layer
+
+MAX_PRUNED = 0.9  # a layer never loses more than floor(0.9 n) of its n filters...
+MIN_WIDTH = 2  # ...and never ends with fewer than 2
+
+
+def filter_norms(model: nn.Module, graph: Graph) -> list[Tensor]:
+    """‖Θ_i‖², the squared L2 norm of each filter's weights: one float32 tensor [width] per layer."""
+    norms = [
+        model.get_submodule(layer.name).weight.detach().float().pow(2).sum((1, 2, 3)).cpu() for layer in graph.layers
+    ]
+    check_per_layer(graph, norms, "model")
+    for layer, norm in zip(graph.layers, norms, strict=True):
+        if not norm.isfinite().all():
+            raise UserError(f"layer {layer.name} has weights that are not finite numbers")
+    return norms
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The learned affine maps of Eq. 1: `scale` is α and `shift` is κ, one float per layer."""
+
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def __post_init__(self):
+        for name in ("scale", "shift"):
+            values = tuple(float(x) for x in getattr(self, name))
+            if not all(map(math.isfinite, values)):
+                raise UserError(f"ranking {name} has a value that is not a finite number")
+            object.__setattr__(self, name, values)
+        if len(self.scale) != len(self.shift):
+            raise UserError(
+                f"ranking has {len(self.scale)} scales and {len(self.shift)} shifts; it must have one of each per layer"
+            )
+
+    @classmethod
+    def norm_only(cls, layers: int) -> "Ranking":
+        """α = 1, κ = 0 everywhere: filters compete by their norms alone."""
+        return cls((1.0,) * layers, (0.0,) * layers)
+
+    def scores(self, norms: Sequence[Tensor]) -> list[Tensor]:
+        """Eq. 1, I_i = α_l ‖Θ_i‖² + κ_l: one float64 tensor [width] per layer."""
+        if len(norms) != len(self.scale):
+            raise UserError(f"ranking has {len(self.scale)} layers; this network has {len(norms)} prunable layers")
+        return [a * n.double() + k for a, k, n in zip(self.scale, self.shift, norms, strict=True)]
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, {"scale": self.scale, "shift": self.shift})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Ranking":
+        try:
+            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(tuple(map(float, value["scale"])), tuple(map(float, value["shift"])))
+        except UserError:
+            raise
+        except FileNotFoundError:
+            raise UserError(f"ranking {path} does not exist; learn it first (the ranking stage)") from None
+        except Exception:
+            raise UserError(
+                f"ranking {path} is not a JSON object with the lists of numbers 'scale' and 'shift'"
+            ) from None
+
+
+def check_fraction(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and 0 < value <= 1):
+        raise UserError(f"{name} is {value}; it must be a fraction of the dense network's, above 0 and at most 1")
+
+
+def select(graph: Graph, scores: Sequence[Tensor], flops: float) -> list[Tensor]:
+    """LeGR-Pruning (Fig. 2): drop units from the lowest score up until FLOPs first fall below the target.
+
+    A unit's score is the sum of its filters' importances. Units of a layer that has reached its
+    floor are passed over.
+
+    Args:
+        scores: one tensor [width] per layer, as `Ranking.scores` gives.
+        flops: target as a fraction of the dense network's, in (0, 1].
+
+    Returns:
+        One bool tensor [width] per layer, True for filters that stay.
+
+    Raises:
+        UserError: if the floors make the target unreachable; says the lowest reachable fraction.
+    """
+    check_fraction("flops", flops)
+    check_per_layer(graph, scores, "scores")
+    importance = np.zeros(graph.unit_count)
+    for units, score in zip(graph.units, scores, strict=True):
+        free = units >= 0
+        np.add.at(importance, units[free], score.detach().cpu().double().numpy()[free])
+    if not np.isfinite(importance).all():
+        raise UserError("scores have a value that is not a finite number")
+    return _drop_until(graph, np.argsort(importance, kind="stable"), flops)
+
+
+def _drop_until(graph: Graph, order: np.ndarray, flops: float) -> list[Tensor]:
+    """Drop units in `order`, as far as the floors allow, until FLOPs first fall below the target."""
+    room = [min(math.floor(MAX_PRUNED * n), n - MIN_WIDTH) for n in graph.widths]
+    cost = [[(layer, int(n)) for layer, n in enumerate(row) if n] for row in graph.per_space]
+    space = graph.space.tolist()
+    droppable = []
+    for unit in order.tolist():
+        needs = cost[space[unit]]
+        if all(room[layer] >= n for layer, n in needs):
+            for layer, n in needs:
+                room[layer] -= n
+            droppable.append(unit)
+    total = np.bincount(graph.space, minlength=len(graph.per_space))
+    dropped_spaces = graph.space[droppable]
+
+    def flops_after(count: int) -> int:
+        return graph.flops_of_counts(total - np.bincount(dropped_spaces[:count], minlength=len(total)))
+
+    # FLOPs only fall as units go, so the first count below the target is found by bisection.
+    dense = graph.flops()
+    if flops < 1 and flops_after(len(droppable)) >= flops * dense:
+        lowest = math.ceil(1000 * flops_after(len(droppable)) / dense + 1e-9) / 1000
+        raise UserError(f"flops is {flops}; the lowest reachable fraction of this network is {lowest}")
+    low, high = 0, len(droppable) if flops < 1 else 0
+    while low < high:
+        middle = (low + high) // 2
+        if flops_after(middle) < flops * dense:
+            high = middle
+        else:
+            low = middle + 1
+    kept = np.ones(graph.unit_count, bool)
+    kept[droppable[:low]] = False
+    return graph.masks(kept)
+
+
+def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float) -> list[Tensor]:
+    """The uniform baseline: every layer loses the same fraction, its smallest-norm units first.
+
+    Arguments, result and errors are those of `select`; `norms` are those of `filter_norms`.
+    """
+    check_fraction("flops", flops)
+    check_per_layer(graph, norms, "norms")
+    norm = np.zeros(graph.unit_count)
+    for units, value in zip(graph.units, norms, strict=True):
+        free = units >= 0
+        np.add.at(norm, units[free], value.detach().cpu().double().numpy()[free])
+    # Rank within each space as a fraction of its size: dropping by it thins all layers alike.
+    order = np.lexsort((norm, graph.space))
+    sizes = np.bincount(graph.space)
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    fraction = np.empty(graph.unit_count)
+    fraction[order] = (np.arange(graph.unit_count) - starts[graph.space[order]] + 0.5) / sizes[graph.space[order]]
+    return _drop_until(graph, np.argsort(fraction, kind="stable"), flops)
+
+
+def select_by(
+    method: str, graph: Graph, norms: Sequence[Tensor], ranking: Ranking | None, flops: float
+) -> list[Tensor]:
+    """The selection that a method's name stands for: `uniform`, `norm`, or a learned ranking."""
+    if method == "uniform":
+        return select_uniform(graph, norms, flops)
+    ranking = Ranking.norm_only(len(graph.layers)) if method == "norm" else ranking
+    if ranking is None:
+        raise UserError(f"method is {method!r}; it needs a learned ranking (only norm and uniform do without)")
+    return select(graph, ranking.scores(norms), flops)
+
+
+def random_ranking(norms: Sequence[Tensor], generator: np.random.Generator) -> Ranking:
+    """A random candidate of Algorithm 1: α = exp(N(0, 1)), κ = N(0, s_l), s_l the deviation of layer l's norms."""
+    deviations = norm_deviations(norms)
+    return Ranking(
+        tuple(np.exp(generator.normal(0, 1, len(deviations)))),
+        tuple(generator.normal(0, 1, len(deviations)) * deviations),
+    )
+
+
+def norm_deviations(norms: Sequence[Tensor]) -> np.ndarray:
+    """s_l: standard deviation of each layer's filter norms, float64 [layers]."""
+    return np.array([torch.std(n.double(), correction=0).item() for n in norms])
