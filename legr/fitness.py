@@ -1,0 +1,135 @@
+"""How good is a ranking? Three answers, all measured on the network that it cuts (Eq. 3).
+
+`loss` is the paper's τ = 0: the validation loss of the network as cut. `recalibrated` re-estimates
+BatchNorm statistics on training images first. `steps` takes τ gradient steps first.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import nn
+
+from legr.data import Dataset, Images
+from legr.files import digest, remembered, tensors_digest
+from legr.graph import Graph
+from legr.ranking import Ranking, check_fraction, filter_norms, select
+from legr.surgery import prune
+from legr.training import Compute, Recipe, evaluate, recalibrate, train
+
+Kind = Literal["loss", "recalibrated", "steps"]
+
+
+class FitnessSettings(BaseModel):
+    """What candidates are judged by, on the held-out images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Kind = "loss"
+    validation_images: PositiveInt | None = None  # None: all held-out images
+    recalibration_images: PositiveInt = 1500  # for `recalibrated`, drawn from the training images
+    steps: PositiveInt = 200  # τ, for `steps`
+    lr: PositiveFloat = 0.01  # for `steps`
+    batch_size: PositiveInt = 128  # for `steps`
+
+
+@dataclass
+class Fitness:
+    """Judges rankings by the network that each cuts out of `model` at the fraction `flops`."""
+
+    model: nn.Module
+    graph: Graph
+    data: Dataset
+    flops: float
+    settings: FitnessSettings
+    compute: Compute
+    seed: int = 0
+
+    def __post_init__(self):
+        check_fraction("flops", self.flops)
+        self.model = copy.deepcopy(self.model).to(self.compute.device, memory_format=torch.channels_last).eval()
+        self.norms = filter_norms(self.model, self.graph)
+        generator = torch.Generator().manual_seed(self.seed)
+        shuffled = torch.randperm(len(self.data.fit), generator=generator)
+        self.training = (
+            self.data.fit
+            if self.settings.kind == "steps"
+            else self.data.fit[shuffled[: self.settings.recalibration_images]]
+        )
+        self.training = self.training.to(self.compute.device)
+        picked = torch.randperm(len(self.data.holdout), generator=generator)[: self.settings.validation_images]
+        self.validation = self.data.holdout[picked].to(self.compute.device)
+
+    def network(self, ranking: Ranking) -> nn.Module:
+        """The network that is judged: cut, then treated as the kind of fitness asks."""
+        small = prune(self.model, self.graph, select(self.graph, ranking.scores(self.norms), self.flops))
+        if self.settings.kind == "recalibrated":
+            recalibrate(small, self.training, self.compute)
+        elif self.settings.kind == "steps":
+            tune(small, self.training, self.settings, self.compute, self.seed)
+        return small
+
+    def __call__(self, ranking: Ranking) -> dict[str, float]:
+        """Validation `loss` and `accuracy` of `network(ranking)`."""
+        return evaluate(self.network(ranking), self.validation, self.compute)
+
+
+def tune(model: nn.Module, images: Images, settings: FitnessSettings, compute: Compute, seed: int) -> None:
+    """`settings.steps` gradient steps at a constant learning rate, in place."""
+    per_epoch = max(len(images) // settings.batch_size, 1)
+    generator = torch.Generator().manual_seed(seed)
+    recipe = Recipe(epochs=1, batch_size=settings.batch_size, lr=settings.lr, milestones=())
+    done = 0
+    while done < settings.steps:
+        count = min(per_epoch, settings.steps - done)
+        picked = torch.randperm(len(images), generator=generator)[: count * settings.batch_size]
+        train(model, images[picked], recipe, compute, seed=seed + done)
+        done += count
+
+
+class PredictionSettings(BaseModel):
+    """How the fitness choices are compared: by the accuracy after a short fine-tuning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rankings: int = Field(24, ge=3)  # how many rankings
+    steps: PositiveInt = 200  # of fine-tuning, whose test accuracy a fitness should predict
+    seed: NonNegativeInt = 1  # not the search's, so that `steps` does not predict itself
+
+
+def judge_all(
+    model: nn.Module,
+    graph: Graph,
+    data: Dataset,
+    flops: float,
+    settings: FitnessSettings,
+    prediction: PredictionSettings,
+    compute: Compute,
+    state_folder: str | Path,
+) -> Callable[[Ranking], dict[str, float]]:
+    """A function of a ranking: its loss by every kind of fitness, and what they should predict.
+
+    Its results are {loss, recalibrated, steps: held-out losses; accuracy: on the test images after
+    `prediction.steps` gradient steps}. Each is kept in `state_folder`, so that interrupted work continues.
+    """
+    judges = {
+        k: Fitness(model, graph, data, flops, settings.model_copy(update={"kind": k}), compute) for k in get_args(Kind)
+    }
+    update = {"kind": "steps", "steps": prediction.steps}
+    outcome = Fitness(model, graph, data, flops, settings.model_copy(update=update), compute, prediction.seed)
+    outcome.validation = data.test.to(compute.device)
+    given = [tensors_digest(model.state_dict()), data.fingerprint, flops, settings.model_dump(exclude={"kind"})]
+    given += [prediction.steps, prediction.seed, compute.identity()]
+
+    def judge(ranking: Ranking) -> dict[str, float]:
+        def measure() -> dict[str, float]:
+            losses = {kind: fitness(ranking)["loss"] for kind, fitness in judges.items()}
+            return losses | {"accuracy": outcome(ranking)["accuracy"]}
+
+        return remembered(state_folder, "judged", [*given, digest([ranking.scale, ranking.shift])], measure)
+
+    return judge

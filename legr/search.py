@@ -1,0 +1,172 @@
+"""Algorithm 1: regularized evolution over (α, κ), as ask and tell, with a state that survives a kill."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from torch import nn
+
+from legr.data import Dataset
+from legr.errors import UserError
+from legr.files import digest, tensors_digest, write_text
+from legr.fitness import Fitness, FitnessSettings
+from legr.graph import Graph
+from legr.ranking import Ranking, check_fraction, norm_deviations, random_ranking
+from legr.training import Compute
+
+MUTATED = 0.1  # share of the layers that a mutation draws, with replacement
+
+
+class SearchSettings(BaseModel):
+    """Algorithm 1's constants; the defaults are the paper's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    population: PositiveInt = 64  # P
+    evaluations: PositiveInt = 400  # E, the initial population included
+    sample: PositiveInt = 16  # S, drawn with replacement
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _enough(self) -> "SearchSettings":
+        if self.evaluations < self.population:
+            raise ValueError(f"evaluations is {self.evaluations}; it must be at least population ({self.population})")
+        return self
+
+
+class Evolution:
+    """Regularized evolution: `ask` for a candidate, `tell` its loss, until `done`.
+
+    The state (`state`, `restore`) is plain JSON and holds the random generator too, so a restored
+    search asks for the same candidates as an undisturbed one.
+    """
+
+    def __init__(self, norms: list, settings: SearchSettings):
+        self.settings = settings
+        self.norms, self.deviations = norms, norm_deviations(norms)
+        self.generator = np.random.default_rng(settings.seed)
+        self.population: list[tuple[float, Ranking]] = []  # oldest first
+        self.history: list[dict[str, Any]] = []
+        self.candidates: list[Ranking] = []
+
+    @property
+    def done(self) -> bool:
+        return len(self.history) >= self.settings.evaluations
+
+    @property
+    def best(self) -> Ranking:
+        """The candidate with the lowest loss so far."""
+        return self.candidates[int(np.argmin([row["loss"] for row in self.history]))]
+
+    def ask(self) -> Ranking:
+        """The next candidate: random at first (the P-th is norm-only), then a mutant of a tournament's winner."""
+        i, population = len(self.history), self.settings.population
+        if i < population - 1:
+            return random_ranking(self.norms, self.generator)
+        if i == population - 1:
+            return Ranking.norm_only(len(self.norms))
+        drawn = self.generator.integers(0, population, self.settings.sample)
+        _, parent = min((self.population[d] for d in drawn), key=lambda member: member[0])
+        step = 1 - i / (1.25 * self.settings.evaluations)
+        scale, shift = np.array(parent.scale), np.array(parent.shift)
+        for layer in self.generator.integers(0, len(scale), max(1, round(MUTATED * len(scale)))):
+            scale[layer] *= np.exp(self.generator.normal(0, step))
+            shift[layer] += self.generator.normal(0, 1) * self.deviations[layer]
+        return Ranking(tuple(scale), tuple(shift))
+
+    def tell(self, candidate: Ranking, loss: float, accuracy: float, seconds: float = 0.0) -> None:
+        """Record a candidate's fitness; it replaces the oldest member of a full population."""
+        loss = loss if np.isfinite(loss) else float(np.finfo(np.float32).max)
+        self.candidates.append(candidate)
+        best = min([loss] + [row["loss"] for row in self.history])
+        row = {
+            "evaluation": len(self.history) + 1,
+            "loss": loss,
+            "accuracy": accuracy,
+            "best": best,
+            "seconds": seconds,
+        }
+        self.history.append(row)
+        self.population = [*self.population, (loss, candidate)][-self.settings.population :]
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the search depends on."""
+        return {
+            "generator": self.generator.bit_generator.state,
+            "history": self.history,
+            "candidates": [[c.scale, c.shift] for c in self.candidates],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.generator.bit_generator.state = state["generator"]
+        self.history = state["history"]
+        self.candidates = [Ranking(tuple(scale), tuple(shift)) for scale, shift in state["candidates"]]
+        members = zip((row["loss"] for row in self.history), self.candidates, strict=True)
+        self.population = list(members)[-self.settings.population :]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """`ranking`: the best (α, κ). `history`: evaluation, loss, accuracy, best (so far), seconds."""
+
+    ranking: Ranking
+    history: pd.DataFrame
+    candidates: list[Ranking]
+
+
+def learn_ranking(
+    model: nn.Module,
+    graph: Graph,
+    data: Dataset,
+    flops: float = 0.47,
+    settings: SearchSettings | None = None,
+    fitness: FitnessSettings | None = None,
+    compute: Compute | None = None,
+    state_folder: str | Path | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> SearchResult:
+    """Learn α and κ by Algorithm 1, judging candidates at the lowest FLOP count of interest.
+
+    Args:
+        data: candidates are judged on `data.holdout`; recalibration and steps use `data.fit`.
+        flops: the fraction of the dense network's FLOPs at which candidates are judged.
+        state_folder: where the state is written after every evaluation, under a name made of
+            everything that the result depends on; a search found there is continued.
+        log: called with every evaluation's row of `history`.
+    """
+    settings, fitness = settings or SearchSettings(), fitness or FitnessSettings()
+    compute = (compute or Compute()).resolve()
+    check_fraction("flops", flops)
+    judge = Fitness(model, graph, data, flops, fitness, compute, settings.seed)
+    evolution = Evolution(judge.norms, settings)
+    path = None
+    if state_folder is not None:
+        depends = [
+            tensors_digest(model.state_dict()),
+            data.fingerprint,
+            flops,
+            settings.model_dump(),
+            fitness.model_dump(),
+        ]
+        path = Path(state_folder) / f"search-{digest([*depends, compute.identity()])}.json"
+        if path.exists():
+            try:
+                evolution.restore(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"search state {path} is corrupt; delete it to search from the start") from None
+    while not evolution.done:
+        start = time.perf_counter()
+        candidate = evolution.ask()
+        result = judge(candidate)
+        evolution.tell(candidate, result["loss"], result["accuracy"], time.perf_counter() - start)
+        if path is not None:
+            write_text(path, json.dumps(evolution.state()))
+        if log:
+            log(evolution.history[-1])
+    return SearchResult(evolution.best, pd.DataFrame(evolution.history), evolution.candidates)

@@ -1,0 +1,210 @@
+"""Training and evaluation: one recipe, one loop, per-epoch checkpoints that resume to the same result."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import nn
+from torch.nn import functional as F
+
+from legr.data import Images, augmented_batches, batches
+from legr.errors import UserError
+from legr.files import digest, load_state, save_state, tensors_digest
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Recipe(BaseModel):
+    """A training schedule: SGD with Nesterov momentum, random crops and flips.
+
+    `schedule: step` multiplies the learning rate by `gamma` when the fractions of training in
+    `milestones` are reached (the paper: 0.3, 0.6, 0.8 with 0.2). `schedule: onecycle` rises linearly
+    over the fraction `warmup`, then falls along a cosine to 0, step by step.
+    `flip: false` is for images that mean something else mirrored, such as digits.
+    `resolutions` is [[until, side], ...]: epochs before the fraction `until` see images shrunk to `side`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: PositiveInt
+    batch_size: PositiveInt = 128
+    lr: PositiveFloat
+    momentum: Fraction = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+    schedule: Literal["step", "onecycle"] = "step"
+    milestones: tuple[Fraction, ...] = (0.3, 0.6, 0.8)
+    gamma: Fraction = 0.2
+    warmup: Fraction = 0.2
+    flip: bool = True
+    resolutions: tuple[tuple[Fraction, PositiveInt], ...] = ()
+
+    def learning_rate(self, done: float) -> float:
+        """The learning rate when the fraction `done` of the training is behind."""
+        if self.schedule == "step":
+            return self.lr * self.gamma ** sum(done >= m for m in self.milestones)
+        if done < self.warmup:
+            return self.lr * done / self.warmup
+        falling = (done - self.warmup) / max(1 - self.warmup, 1e-9)
+        return self.lr * 0.5 * (1 + torch.cos(torch.tensor(falling * torch.pi)).item())
+
+    def resolution(self, epoch: int) -> int | None:
+        """The side to which images are shrunk in `epoch`; None: as they are."""
+        return next((side for until, side in self.resolutions if epoch < until * self.epochs), None)
+
+
+class Compute(BaseModel):
+    """Where and in which precision: `auto` takes a GPU, and bfloat16 where the processor has it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str = "auto"
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    threads: PositiveInt | None = None
+
+    def resolve(self) -> "Compute":
+        """The same with `auto` replaced by what this machine has."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):
+            raise UserError(
+                f"device is {device!r}; this machine can't use it (auto, cpu, or cuda with a GPU)"
+            ) from None
+        precision = self.precision
+        if precision == "auto":
+            if device.startswith("cuda"):
+                fast = torch.cuda.is_bf16_supported()
+            else:
+                fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+            precision = "bfloat16" if fast else "float32"
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return Compute(device=device, precision=precision, threads=torch.get_num_threads())
+
+    def identity(self) -> list[str]:
+        """What of this a result depends on beyond rounding."""
+        return [self.device.split(":")[0], self.precision]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+def evaluate(model: nn.Module, images: Images, compute: Compute, batch_size: int = 500) -> dict[str, float]:
+    """Cross-entropy `loss` and `accuracy` (a fraction) in eval mode; the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    loss, correct = 0.0, 0
+    with torch.inference_mode(), compute.autocast():
+        for inputs, labels in batches(images, batch_size):
+            logits = model(inputs).float()
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            correct += (logits.argmax(1) == labels).sum().item()
+    model.train(was_training)
+    return {"loss": loss / len(images), "accuracy": correct / len(images)}
+
+
+def recalibrate(model: nn.Module, images: Images, compute: Compute, batch_size: int = 250) -> None:
+    """Re-estimate BatchNorm statistics as their average over `images`; weights are untouched."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    was_training = model.training
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+    model.train()
+    with torch.inference_mode(), compute.autocast():
+        for inputs, _ in batches(images, batch_size):
+            model(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(was_training)
+
+
+def train(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    compute: Compute,
+    *,
+    seed: int,
+    state_folder: str | Path | None = None,
+    validation: Images | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> pd.DataFrame:
+    """Train `model` in place; epoch e depends on (seed, e) alone, so a resumed run ends the same.
+
+    Args:
+        model: moved to the device, channels last.
+        images: training images, on `compute.device`.
+        state_folder: where a checkpoint is written after every epoch, under a name made of
+            everything that the result depends on; a training found there is continued.
+        validation: evaluated after every epoch when given.
+        log: called with every finished epoch's row.
+
+    Returns:
+        One row per epoch: epoch, lr, train_loss, train_accuracy, seconds, and val_loss,
+        val_accuracy where `validation` is given.
+    """
+    model.to(compute.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
+        weight_decay=recipe.weight_decay,
+    )
+    rows: list[dict[str, Any]] = []
+    checkpoint = None
+    if state_folder is not None:
+        given = [tensors_digest(model.state_dict()), tensors_digest(vars(images)), seed, validation is not None]
+        checkpoint = Path(state_folder) / f"train-{digest([*given, recipe.model_dump(), compute.identity()])}.pt"
+    state = load_state(checkpoint) if checkpoint else None
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        rows = state["rows"]
+    for epoch in range(len(rows), recipe.epochs):
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        steps = max(len(images) // recipe.batch_size, 1)
+        model.train()
+        loss_sum = torch.zeros((), device=compute.device)
+        correct = torch.zeros((), dtype=torch.int64, device=compute.device)
+        epoch_batches = augmented_batches(images, recipe.batch_size, generator, recipe.resolution(epoch), recipe.flip)
+        for step, (inputs, labels) in enumerate(epoch_batches):
+            rate = recipe.learning_rate((epoch + step / steps) / recipe.epochs)
+            optimizer.param_groups[0]["lr"] = rate
+            with compute.autocast():
+                logits = model(inputs).float()
+                loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.detach()
+            correct += (logits.argmax(1) == labels).sum()
+        seen = steps * min(recipe.batch_size, len(images))
+        row = {
+            "epoch": epoch + 1,
+            "lr": rate,
+            "train_loss": loss_sum.item() / steps,
+            "train_accuracy": correct.item() / seen,
+        }
+        if not torch.isfinite(loss_sum):
+            raise UserError(
+                f"lr is {recipe.lr}; the loss became {row['train_loss']} in epoch {epoch + 1}, so it must be smaller"
+            )
+        row["seconds"] = time.perf_counter() - start
+        if validation is not None:
+            row |= {f"val_{k}": v for k, v in evaluate(model, validation, compute).items()}
+        rows.append(row)
+        if checkpoint:
+            save_state(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows})
+        if log:
+            log(row)
+    return pd.DataFrame(rows)
