@@ -1,0 +1,142 @@
+"""python -m experiments STAGE --scale demo --experiment cifar10-resnet56 [--set name=value ...]"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import nbformat
+
+from experiments import datasets
+from experiments.config import Workspace, workspace
+from legr.errors import UserError
+from legr.files import write_text
+
+NOTEBOOKS = Path("notebooks")
+
+
+def main() -> int:
+    stages = ["data", *sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))]
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--scale", required=True)
+    parser.add_argument("--experiment", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the notebook")
+    arguments = parser.parse_args()
+    try:
+        space = workspace(arguments.scale, arguments.experiment)
+        if arguments.stage == "data":
+            datasets.prepare(space.settings.data, space.root / "data" / "downloads", space.images)
+        else:
+            execute(arguments.stage, space, dict(_pair(text) for text in arguments.set))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def execute(name: str, space: Workspace, parameters: dict[str, str]) -> None:
+    """Run a notebook with papermill; its executed copy appears only when it ran to the end."""
+    import papermill
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import Unicode
+
+    class LocalKernelManager(AsyncKernelManager):
+        """Speaks to the kernel through files of this user, not through open ports."""
+
+        transport = Unicode("ipc")
+
+    warnings.filterwarnings("ignore", module="papermill|nbclient|jupyter")
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    values = {"scale": space.scale, "experiment": space.name} | {k: _value(v) for k, v in parameters.items()}
+    suffix = "".join(f"-{v}" for v in parameters.values())
+    # DVC deletes outputs before a stage runs, so what an interrupted run resumes from lies elsewhere.
+    state = space.root / ".state" / space.scale / space.name / (name + suffix)
+    os.environ["LEGR_STATE"] = str(state)
+    with tempfile.TemporaryDirectory() as folder, _progress(Path(folder) / "progress"):
+        output = Path(folder) / "executed.ipynb"
+        try:
+            papermill.execute_notebook(
+                NOTEBOOKS / f"{name}.ipynb",
+                output,
+                values,
+                cwd=NOTEBOOKS,
+                progress_bar=False,
+                kernel_name="python3",
+                kernel_manager_class=LocalKernelManager,
+            )
+        except papermill.PapermillExecutionError as error:
+            if error.ename == "UserError":
+                raise UserError(error.evalue) from None
+            print("\n".join(error.traceback), file=sys.stderr)
+            raise UserError(
+                f"notebook {name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}"
+            ) from None
+        notebook = nbformat.read(output, as_version=4)
+    _clean(notebook)
+    write_text(space.results / "notebooks" / f"{name}{suffix}.ipynb", nbformat.writes(notebook) + "\n")
+    if not os.environ.get("LEGR_KEEP_STATE"):
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set is {text!r}; it must be NAME=VALUE")
+    return name, value
+
+
+def _value(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _clean(notebook: nbformat.NotebookNode) -> None:
+    """Drop what differs from run to run without being a result: paths, times, kernel details."""
+    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec",) if k in notebook.metadata}
+    for number, cell in enumerate(notebook.cells):
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        cell.id = f"cell-{number}"
+
+
+class _progress:
+    """Shows on this terminal what the notebook's kernel writes to its progress file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self):
+        self.path.touch()
+        os.environ["LEGR_PROGRESS"] = str(self.path)
+        self.thread.start()
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+        del os.environ["LEGR_PROGRESS"]
+
+    def _follow(self):
+        with self.path.open(encoding="utf-8") as file:
+            while True:
+                last = self.stop.is_set()
+                if text := file.read():
+                    sys.stderr.write(text)
+                    sys.stderr.flush()
+                if last:
+                    return
+                time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""params.yaml: what it may say, and where things lie."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from experiments.datasets import DataSettings
+from legr.errors import UserError
+from legr.fitness import FitnessSettings, Kind, PredictionSettings
+from legr.models import MODELS
+from legr.search import SearchSettings
+from legr.training import Compute, Recipe
+
+Target = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaselineSettings(Section):
+    recipe: Recipe
+    seed: NonNegativeInt = 0
+
+
+class RankingSettings(Section):
+    flops: Target  # the fraction at which candidates are judged
+    rankings: dict[str, Kind]  # a method's name: its fitness
+    algorithm: SearchSettings = SearchSettings()
+    fitness: FitnessSettings = FitnessSettings()
+
+
+class FinetuneSettings(Section):
+    recipe: Recipe
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
+
+
+class LatencySettings(Section):
+    batches: tuple[PositiveInt, ...] = (1, 128)
+    repetitions: PositiveInt = 20
+    warmup: PositiveInt = 3
+
+
+class Experiment(Section):
+    """One experiment at one scale: a section of params.yaml."""
+
+    data: DataSettings
+    model: str
+    compute: Compute = Compute()
+    baseline: BaselineSettings
+    search: RankingSettings
+    finetune: FinetuneSettings
+    prediction: PredictionSettings = PredictionSettings()
+    latency: LatencySettings = LatencySettings()
+
+
+class Plan(Section):
+    """Which networks an experiment makes, at every scale."""
+
+    methods: tuple[str, ...]
+    targets: tuple[Target, ...]
+    contrast: dict[str, tuple[Target, ...]] = {}  # further rankings, at these targets only
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One experiment's settings, and the place of everything that it reads and writes."""
+
+    scale: str
+    name: str
+    settings: Experiment
+    plan: Plan
+    root: Path
+    results_root: Path
+
+    @property
+    def results(self) -> Path:
+        return self.results_root / self.scale / self.name
+
+    @property
+    def figures(self) -> Path:
+        return self.results / "figures"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Beside results/ as checkpoints/; within any other results folder."""
+        base = self.root if self.results_root == self.root / "results" else self.results_root
+        return base / "checkpoints" / self.scale / self.name
+
+    @property
+    def images(self) -> Path:
+        return self.root / "data" / self.scale / f"{self.name}.safetensors"
+
+    @property
+    def state(self) -> Path:
+        """Where interrupted work resumes from; the pipeline gives each stage its own and clears it at the end."""
+        return Path(os.environ.get("LEGR_STATE") or self.root / ".state" / "by-hand")
+
+    def ranking(self, method: str) -> Path:
+        return self.results / f"ranking{method.removeprefix('legr')}.json"
+
+    def search(self, method: str) -> Path:
+        return self.results / f"search{method.removeprefix('legr')}.csv"
+
+    def candidates(self, method: str) -> Path:
+        """Every (α, κ) that the search tried: tensors scale and shift [evaluations, layers]."""
+        return self.results / f"candidates{method.removeprefix('legr')}.safetensors"
+
+    def network(self, method: str, target: float) -> Path:
+        """The rows about one pruned network, one per seed."""
+        return self.results / "networks" / f"{method}-{target}.json"
+
+    def weights(self, method: str, target: float, seed: int) -> Path:
+        return self.checkpoints / f"{method}-{target}" / f"seed{seed}.safetensors"
+
+    @property
+    def networks(self) -> list[tuple[str, float]]:
+        """All (method, target) of the plan."""
+        grid = [(m, t) for m in self.plan.methods for t in self.plan.targets]
+        return grid + [(m, t) for m, targets in self.plan.contrast.items() for t in targets]
+
+    @property
+    def caption(self) -> str:
+        """Which run a figure shows."""
+        s, recipe = self.settings, self.settings.finetune.recipe
+        seeds = ", ".join(map(str, s.finetune.seeds))
+        return f"{self.scale} scale · {s.data.name} · {s.model} · fine-tuned {recipe.epochs} epochs · seeds: {seeds}"
+
+
+def workspace(
+    scale: str, experiment: str, results: str | None = None, overrides: dict[str, Any] | None = None
+) -> Workspace:
+    """Read params.yaml, found here or in a folder above.
+
+    Args:
+        scale: demo, laptop or paper.
+        experiment: a section of that scale.
+        results: another folder for all outputs, relative to the project; None is `results`.
+        overrides: settings to change, such as {"finetune.recipe.epochs": 2}.
+    """
+    here = Path.cwd()
+    root = next((p for p in (here, *here.parents) if (p / "params.yaml").is_file()), None)
+    if root is None:
+        raise UserError(f"params.yaml was not found in {here} or a folder above it; run from inside the project")
+    try:
+        params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+        plans = params.pop("experiments")
+        params.pop("scale", None)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"params.yaml can't be read: {' '.join(str(error).split())}") from None
+    if scale not in params:
+        raise UserError(f"scale is {scale!r}; it must be one of {', '.join(params)}")
+    if experiment not in params[scale]:
+        raise UserError(f"experiment is {experiment!r}; scale {scale} has {', '.join(params[scale])}")
+    values = params[scale][experiment]
+    for dotted, value in (overrides or {}).items():
+        *path, last = dotted.split(".")
+        section = values
+        for key in path:
+            section = section.setdefault(key, {})
+        section[last] = value
+    settings = _validated(Experiment, values, f"{scale}.{experiment}")
+    plan = _validated(Plan, plans.get(experiment, {}), f"experiments.{experiment}")
+    if settings.model not in MODELS:
+        raise UserError(f"{scale}.{experiment}.model is {settings.model!r}; it must be one of {', '.join(MODELS)}")
+    known = {"norm", "uniform", *settings.search.rankings}
+    for method in (*plan.methods, *plan.contrast):
+        if method not in known:
+            raise UserError(f"method is {method!r}; it must be one of {', '.join(sorted(known))}")
+    return Workspace(scale, experiment, settings, plan, root, root / (results or "results"))
+
+
+def _validated(kind: type[BaseModel], values: Any, where: str) -> Any:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join([where, *map(str, first["loc"])])
+        problem = first["msg"][0].lower() + first["msg"][1:]
+        if first["type"] == "missing":
+            raise UserError(f"params.yaml: {name} is missing") from None
+        if first["type"] == "extra_forbidden":
+            section = ".".join([where, *map(str, first["loc"][:-1])])
+            raise UserError(f"params.yaml: {name} is not a known setting of {section}") from None
+        shown = first["input"] if not isinstance(first["input"], dict) else "a section"
+        raise UserError(f"params.yaml: {name} is {shown!r}; {problem}") from None

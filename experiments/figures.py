@@ -1,0 +1,219 @@
+"""All figures: one style, one colour per method, each with a line that says which run it shows."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from legr.files import atomic
+from legr.graph import Graph
+from legr.ranking import Ranking
+
+# Okabe and Ito's palette: distinct for colour-blind readers. Paper numbers are grey.
+COLORS = {
+    "legr": "#0072B2",
+    "legr-tau0": "#56B4E9",
+    "norm": "#D55E00",
+    "uniform": "#009E73",
+    "dense": "#000000",
+    "paper": "#7F7F7F",
+}
+MARKERS = {"legr": "o", "legr-tau0": "v", "norm": "s", "uniform": "^", "dense": "D", "paper": "x"}
+LABELS = {
+    "legr": "LeGR (recalibrated fitness)",
+    "legr-tau0": "LeGR (paper's fitness, τ = 0)",
+    "norm": "norm-only",
+    "uniform": "uniform",
+}
+FITNESS = {
+    "loss": "loss as cut (paper, τ = 0)",
+    "recalibrated": "loss, BatchNorm recalibrated",
+    "steps": "loss after τ steps",
+}
+
+sns.set_theme(
+    context="notebook",
+    style="whitegrid",
+    rc={
+        "figure.dpi": 100, "savefig.dpi": 200, "figure.constrained_layout.use": True, "svg.hashsalt": "legr",
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "white",
+    },
+)  # fmt: skip
+
+
+def save(figure: Figure, path: str | Path) -> Figure:
+    """Write `path`.svg and `path`.png; returns the figure for display."""
+    for suffix, metadata in ((".svg", {"Date": None}), (".png", {})):
+        with atomic(f"{path}{suffix}") as temporary:
+            figure.savefig(temporary, format=suffix[1:], metadata=metadata)
+    plt.close(figure)
+    return figure
+
+
+def _figure(caption: str, columns: int = 1, width: float = 7.0, height: float = 4.2, rows: int = 1):
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    figure.supxlabel(caption, fontsize=8, color="#555555")
+    return figure, axes
+
+
+def training(history: pd.DataFrame, caption: str) -> Figure:
+    """Accuracy and learning rate over epochs, from the rows of `training.train`."""
+    figure, axes = _figure(caption, 2, 9, 3.6)
+    left, right = axes[0]
+    left.plot(history.epoch, 100 * history.train_accuracy, color="#7F7F7F", label="training images (augmented)")
+    if "val_accuracy" in history:
+        left.plot(history.epoch, 100 * history.val_accuracy, color=COLORS["dense"], label="held-out images")
+    left.set(xlabel="epoch", ylabel="accuracy (%)")
+    left.legend()
+    right.plot(history.epoch, history.lr, color="#7F7F7F")
+    right.set(xlabel="epoch", ylabel="learning rate")
+    return figure
+
+
+def search(history: pd.DataFrame, method: str, population: int, caption: str) -> Figure:
+    """Every candidate's loss and the best so far over evaluations; norm-only is marked."""
+    figure, axes = _figure(caption)
+    ax = axes[0, 0]
+    ax.scatter(history.evaluation, history.loss, s=10, color=COLORS[method], alpha=0.4, label="candidate", linewidths=0)
+    ax.plot(history.evaluation, history.best, color=COLORS[method], lw=2, label="best so far")
+    norm = history.loss[population - 1]
+    ax.axhline(norm, color=COLORS["norm"], ls="--", lw=1.2, label=f"norm-only ({norm:.2f})")
+    ax.axvspan(0.5, population + 0.5, color="#000000", alpha=0.05, lw=0)
+    ax.set(
+        xlabel="evaluation (shaded: initial population)",
+        ylabel="loss on held-out images",
+        yscale="log",
+        xlim=(0.5, len(history) + 0.5),
+    )
+    ax.legend()
+    return figure
+
+
+def affine_maps(ranking: Ranking, deviations: Sequence[float], caption: str) -> Figure:
+    """The learned α (log scale) and κ (in deviations of the layer's norms) of each layer."""
+    figure, axes = _figure(caption, 1, 9, 5, rows=2)
+    layers = range(1, len(ranking.scale) + 1)
+    top, bottom = axes[:, 0]
+    top.vlines(layers, 1, ranking.scale, color=COLORS["legr"])
+    top.plot(layers, ranking.scale, "o", ms=4, color=COLORS["legr"])
+    top.axhline(1, color=COLORS["norm"], ls="--", lw=1, label="norm-only (α = 1, κ = 0)")
+    top.set(yscale="log", ylabel="scale α")
+    top.legend(loc="upper right")
+    shift = [k / s for k, s in zip(ranking.shift, deviations, strict=True)]
+    bottom.vlines(layers, 0, shift, color=COLORS["legr"])
+    bottom.plot(layers, shift, "o", ms=4, color=COLORS["legr"])
+    bottom.axhline(0, color=COLORS["norm"], ls="--", lw=1)
+    bottom.set(xlabel="prunable layer, in execution order", ylabel="shift κ / s")
+    return figure
+
+
+def widths(graph: Graph, kept: Mapping[str, Sequence[Tensor]], caption: str) -> Figure:
+    """Filters left in each layer, one panel per method, over the dense network's."""
+    figure, axes = _figure(caption, 1, 9, 1.9 * len(kept) + 0.6, rows=len(kept))
+    layers = range(1, len(graph.layers) + 1)
+    for ax, (method, masks) in zip(axes[:, 0], kept.items(), strict=True):
+        ax.bar(layers, graph.widths, color="#E3E3E3", width=0.9, label="dense")
+        ax.bar(layers, [int(m.sum()) for m in masks], color=COLORS[method], width=0.9, label=LABELS[method])
+        ax.set(ylabel="filters", xlim=(0.3, len(graph.layers) + 0.7))
+        ax.grid(visible=False, axis="x")
+        ax.set_title(f"{LABELS[method]} · {graph.flops(masks) / 1e6:.1f} MFLOPs", loc="left", fontsize=11)
+    axes[-1, 0].set_xlabel("prunable layer, in execution order")
+    return figure
+
+
+def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], paper: pd.DataFrame | None, caption: str) -> Figure:
+    """Accuracy over FLOPs: fine-tuned (left) and before fine-tuning (right); mean and range over seeds."""
+    figure, axes = _figure(caption, 2, 11, 4.8)
+    for ax, column, title in zip(
+        axes[0], ("accuracy", "accuracy_before"), ("after fine-tuning", "as cut, no fine-tuning"), strict=True
+    ):
+        for method in [m for m in LABELS if m in set(table.method)]:
+            rows = (
+                table[table.method == method]
+                .groupby("target")
+                .agg(flops=("flops", "mean"), mean=(column, "mean"), low=(column, "min"), high=(column, "max"))
+            )
+            rows = rows.assign(below=rows["mean"] - rows.low, above=rows.high - rows["mean"]).sort_values("flops")
+            ax.errorbar(
+                rows.flops / 1e6, 100 * rows["mean"], 100 * rows[["below", "above"]].to_numpy().T,
+                color=COLORS[method], marker=MARKERS[method], label=LABELS[method], lw=2, ms=7, capsize=3,
+            )  # fmt: skip
+        ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], MARKERS["dense"], color=COLORS["dense"], label="dense")
+        ax.set(xlabel="MFLOPs (multiply-accumulates, one image)", ylabel="test accuracy (%)", title=title)
+    if paper is not None:
+        axes[0, 0].plot(
+            paper.mflops,
+            paper.accuracy_percent,
+            MARKERS["paper"],
+            color=COLORS["paper"],
+            label="paper (400 epochs)",
+            ls="none",
+            mew=2,
+        )
+        for row in paper.itertuples():
+            if row.network.startswith(("LeGR", "dense")):
+                axes[0, 0].annotate(
+                    f"{row.network} (paper)",
+                    (row.mflops, row.accuracy_percent),
+                    (4, 5),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color="#555555",
+                    ha="right" if row.network == "dense" else "center",
+                )
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, caption: str) -> Figure:
+    """Each fitness against the accuracy after the same short fine-tuning, one point per ranking."""
+    figure, axes = _figure(caption, len(FITNESS), 12, 4.4)
+    for ax, (kind, label) in zip(axes[0], FITNESS.items(), strict=True):
+        for source in [s for s in LABELS if s in set(table.source)]:
+            part = table[table.source == source]
+            ax.scatter(
+                part[kind],
+                100 * part.accuracy,
+                s=36,
+                color=COLORS[source],
+                marker=MARKERS[source],
+                label=LABELS[source].replace("LeGR", "from search:"),
+            )
+        rho = correlations.set_index("fitness").spearman[kind]
+        ax.set(xlabel=label, xscale="log", title=f"Spearman ρ = {rho:.2f}")
+    axes[0, 0].set_ylabel(f"test accuracy (%) after {steps} steps")
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+def latency(table: pd.DataFrame, caption: str) -> Figure:
+    """Latency over FLOPs, both relative to the dense network; one panel per batch size."""
+    sizes = sorted(table.batch.unique())
+    figure, axes = _figure(caption, len(sizes), 5 * len(sizes), 4.4)
+    for ax, batch in zip(axes[0], sizes, strict=True):
+        part = table[table.batch == batch]
+        dense = part[part.method == "dense"].iloc[0]
+        ax.plot([0, 1], [0, 1], color=COLORS["paper"], ls=":", lw=1.2, label="latency ∝ FLOPs")
+        for method in [m for m in (*LABELS, "dense") if m in set(part.method)]:
+            rows = part[part.method == method].sort_values("flops")
+            ax.plot(
+                rows.flops / dense.flops,
+                rows.latency_ms / dense.latency_ms,
+                color=COLORS[method],
+                marker=MARKERS[method],
+                label=LABELS.get(method, method),
+                ls="-" if len(rows) > 1 else "none",
+            )
+        ax.set(
+            xlabel="FLOPs / dense",
+            ylabel="latency / dense",
+            title=f"batch {batch} (dense: {dense.latency_ms:.1f} ms)",
+            xlim=(0, 1.05),
+            ylim=(0, None),
+        )
+    axes[0, 0].legend(fontsize=8)
+    return figure
