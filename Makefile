@@ -1,0 +1,26 @@
+# make repro: install what is needed, then run the pipeline at the scale that params.yaml names.
+# make test:  install what is needed, then run the tests.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: repro test install lint lab
+repro: install
+	dvc repro
+
+test: install
+	python -m pytest
+
+lint: install
+	ruff check . && ruff format --check .
+
+lab: install
+	jupyter lab notebooks
+
+install: $(VENV)/installed
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
