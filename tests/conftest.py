@@ -1,0 +1,111 @@
+"""Small networks and data that most tests share. Everything runs in float32 on one thread count."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import legr
+from experiments.datasets import DataSettings, prepare
+from legr import data
+from legr.models import CifarResNet
+from legr.training import Compute
+
+
+class Inverted(nn.Module):
+    """MobileNetV2's ingredients in small: expansion, depthwise, projection, residual, flatten."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.expand = nn.Sequential(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(24, 24, 3, 1, 1, groups=24, bias=False), nn.BatchNorm2d(24), nn.ReLU6()
+        )
+        self.project = nn.Sequential(nn.Conv2d(24, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.linear = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.project(self.depthwise(self.expand(x)))
+        return self.linear(torch.flatten(self.pool(x), 1))
+
+
+class Plain(nn.Module):
+    """Biases, concatenation, max pooling, mean over height and width."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3, padding=1)
+        self.left, self.right = nn.Conv2d(12, 10, 3, padding=1), nn.Conv2d(12, 6, 1)
+        self.norm = nn.BatchNorm2d(16)
+        self.last = nn.Conv2d(16, 20, 3)
+        self.linear = nn.Linear(20, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.first(x)), 2)
+        x = F.relu(self.norm(torch.cat([self.left(x), self.right(x)], 1)))
+        return self.linear(F.relu(self.last(x)).mean((2, 3)))
+
+
+NETWORKS = {"resnet8": lambda: CifarResNet(1), "inverted": Inverted, "plain": Plain}
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Give BatchNorm statistics and affine parameters that are not their defaults."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            nn.init.uniform_(module.weight, 0.5, 2, generator=generator)
+            nn.init.normal_(module.bias, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    torch.manual_seed(0)
+    return settle(NETWORKS[request.param]())
+
+
+@pytest.fixture
+def small():
+    """A residual network with zero-pad shortcuts, and its graph."""
+    torch.manual_seed(0)
+    model = settle(CifarResNet(1))
+    return model, legr.trace(model, torch.zeros(1, 3, 32, 32))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("digits") / "digits.safetensors"
+    prepare(DataSettings(name="digits", holdout=200), path.parent, path)
+    return data.load(path)
+
+
+@pytest.fixture
+def compute():
+    return Compute(device="cpu", precision="float32").resolve()
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Folder with recorded selections of the authors' code; not part of the package."""
+    folder = os.environ.get("LEGR_REFERENCE")
+    if not folder:
+        pytest.skip("LEGR_REFERENCE does not name a folder with the recorded selections")
+    return Path(folder)
+
+
+def random_kept(graph: legr.Graph, seed: int, share: float = 0.5) -> list[torch.Tensor]:
+    """Random masks that coupled filters share and that leave every layer a filter or more."""
+    units = np.random.default_rng(seed).random(graph.unit_count) < share
+    for own in graph.units:
+        units[own[0]] = True
+    return graph.masks(units)

@@ -1,0 +1,149 @@
+"""The whole pipeline through DVC, on a shortened demo: what it leaves, and what it runs again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+PROJECT = Path(__file__).parent.parent
+NAME = "cifar10-resnet56"
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_source_notebook_is_clean_and_has_parameters(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in cells) == 1
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+def dvc(folder, *arguments, check=True):
+    command = [sys.executable, "-m", "dvc", *arguments]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def change(folder, edit):
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    edit(params)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A copy of the project in which the pipeline has run."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("legr", "experiments", "notebooks"):
+        shutil.copytree(
+            PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(PROJECT / name, folder / name)
+
+    def shorten(params):
+        demo = params["demo"][NAME]
+        params["experiments"][NAME] |= {"targets": [0.5], "contrast": {"legr-tau0": [0.5]}}
+        demo["baseline"]["recipe"]["epochs"] = 2
+        demo["search"]["algorithm"] = {"population": 4, "evaluations": 6, "sample": 2}
+        demo["search"]["fitness"] |= {"validation_images": 64, "recalibration_images": 64, "steps": 1}
+        demo["finetune"]["recipe"]["epochs"] = 1
+        demo["prediction"] = {"rankings": 5, "steps": 4}
+        demo["latency"] = {"batches": [1, 4], "repetitions": 2, "warmup": 1}
+
+    change(folder, shorten)
+    dvc(folder, "init", "--no-scm", "--quiet")
+    dvc(folder, "repro")
+    return folder
+
+
+def test_it_leaves_what_a_comparison_needs(done):
+    results = done / "results" / "demo" / NAME
+    table = pd.read_csv(results / "tradeoff.csv")
+    expected = {"method", "target", "flops", "flops_ratio", "params", "accuracy_before", "accuracy", "epochs"}
+    assert expected | {"latency_ms", "seed"} <= set(table.columns)
+    assert set(table.method) == {"legr", "norm", "uniform", "legr-tau0"}
+    assert (table.flops_ratio < table.target).all()
+    search = pd.read_csv(results / "search.csv")
+    assert list(search.columns) == ["evaluation", "loss", "accuracy", "best"]
+    assert len(json.loads((results / "ranking.json").read_text())["scale"]) == 55
+    for figure in ("training", "search", "search-tau0", "ranking", "widths", "prediction", "tradeoff", "latency"):
+        assert (results / "figures" / f"{figure}.png").stat().st_size > 5000
+        assert (results / "figures" / f"{figure}.svg").stat().st_size > 5000
+    assert not (done / ".state").exists() or not list((done / ".state").rglob("*.*"))
+
+
+def test_executed_notebooks_are_clean(done):
+    paths = list((done / "results").rglob("*.ipynb"))
+    assert len(paths) == 9
+    for path in paths:
+        text = path.read_text()
+        for dirt in (str(done), str(PROJECT), str(Path.home()) + "/", "it/s", "Warning", "papermill"):
+            assert dirt not in text, (path.name, dirt)
+        outputs = [o for cell in nbformat.read(path, as_version=4).cells for o in cell.get("outputs", [])]
+        assert outputs
+        assert not [o for o in outputs if o.output_type in ("error", "stream")], path.name
+
+
+def test_a_second_run_has_nothing_to_do(done):
+    assert "up to date" in dvc(done, "repro")
+    assert "up to date" in dvc(done, "status")
+
+
+def test_metrics_and_plots_show_the_headline(done):
+    metrics = json.loads(dvc(done, "metrics", "show", "--json"))[""]["data"]
+    assert metrics[f"results/demo/{NAME}/metrics.json"]["data"]["0.5"]["legr"] > 0
+    page = dvc(done, "plots", "show", "--out", "plots").strip()
+    assert page.startswith("file:")
+    assert "tradeoff" in (done / "plots" / "index.html").read_text()
+
+
+def planned(folder, edit):
+    """The stages that `dvc repro` would run after an edit of params.yaml, which is then undone."""
+    before = (folder / "params.yaml").read_text()
+    try:
+        change(folder, edit)
+        lines = dvc(folder, "repro", "--dry").splitlines()
+    finally:
+        (folder / "params.yaml").write_text(before)
+    return {line.split("'")[1].split("@")[0] for line in lines if line.startswith("Running stage")}, [
+        line.split("'")[1] for line in lines if line.startswith("Running stage")
+    ]
+
+
+def test_fine_tuning_does_not_search_again(done):
+    names, _ = planned(done, lambda p: p["demo"][NAME]["finetune"]["recipe"].update(epochs=3))
+    assert names == {"prune", "prune-tau0", "compare"}
+
+
+def test_a_new_target_makes_only_the_new_networks(done):
+    names, stages = planned(done, lambda p: p["experiments"][NAME]["targets"].append(0.4))
+    assert names == {"prune", "compare"}
+    assert sum("0.4" in stage for stage in stages) == 3
+    assert not any("0.5" in stage for stage in stages)
+
+
+def test_another_search_leaves_the_baseline_alone(done):
+    names, _ = planned(done, lambda p: p["demo"][NAME]["search"].update(flops=0.4))
+    assert "baseline" not in names
+    assert {"ranking", "fitness", "prune", "compare"} <= names
+
+
+def test_a_notebook_runs_by_hand_from_its_folder(done):
+    """As in JupyterLab: current folder notebooks/, defaults of the parameters cell but the results folder."""
+    notebook = nbformat.read(done / "notebooks" / "2_ranking.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += '\noverrides = {"search.algorithm.evaluations": 5}\n'
+    from nbclient import NotebookClient
+
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(done / "notebooks")}}).execute()
+    assert len(pd.read_csv(done / "results" / "demo" / NAME / "search.csv")) == 5
