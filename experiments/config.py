@@ -37,6 +37,7 @@ class RankingSettings(Section):
 class FinetuneSettings(Section):
     recipe: Recipe
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
+    recalibration_images: PositiveInt = 1500  # for the accuracy with BatchNorm re-estimated, weights untouched
 
 
 class LatencySettings(Section):

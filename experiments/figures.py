@@ -6,7 +6,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from legr.files import atomic
@@ -60,6 +62,16 @@ def _figure(caption: str, columns: int = 1, width: float = 7.0, height: float = 
     return figure, axes
 
 
+def _losses(ax: Axes, which: str, values: pd.Series) -> None:
+    """Scale an axis ("x" or "y") of positive values: logarithmic where they span a wide range; plain numbers."""
+    axis = getattr(ax, f"{which}axis")
+    if max(values) > 5 * min(values) > 0:
+        ax.set(**{f"{which}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
 def training(history: pd.DataFrame, caption: str) -> Figure:
     """Accuracy and learning rate over epochs, from the rows of `training.train`."""
     figure, axes = _figure(caption, 2, 9, 3.6)
@@ -71,6 +83,8 @@ def training(history: pd.DataFrame, caption: str) -> Figure:
     left.legend()
     right.plot(history.epoch, history.lr, color="#7F7F7F")
     right.set(xlabel="epoch", ylabel="learning rate")
+    for ax in (left, right):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -86,26 +100,27 @@ def search(history: pd.DataFrame, method: str, population: int, caption: str) ->
     ax.set(
         xlabel="evaluation (shaded: initial population)",
         ylabel="loss on held-out images",
-        yscale="log",
         xlim=(0.5, len(history) + 0.5),
     )
+    _losses(ax, "y", history.loss)
     ax.legend()
     return figure
 
 
-def affine_maps(ranking: Ranking, deviations: Sequence[float], caption: str) -> Figure:
+def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, caption: str) -> Figure:
     """The learned α (log scale) and κ (in deviations of the layer's norms) of each layer."""
     figure, axes = _figure(caption, 1, 9, 5, rows=2)
     layers = range(1, len(ranking.scale) + 1)
     top, bottom = axes[:, 0]
-    top.vlines(layers, 1, ranking.scale, color=COLORS["legr"])
-    top.plot(layers, ranking.scale, "o", ms=4, color=COLORS["legr"])
+    top.vlines(layers, 1, ranking.scale, color=COLORS[method])
+    top.plot(layers, ranking.scale, "o", ms=4, color=COLORS[method])
     top.axhline(1, color=COLORS["norm"], ls="--", lw=1, label="norm-only (α = 1, κ = 0)")
-    top.set(yscale="log", ylabel="scale α")
+    top.set(ylabel="scale α")
+    _losses(top, "y", ranking.scale)
     top.legend(loc="upper right")
     shift = [k / s for k, s in zip(ranking.shift, deviations, strict=True)]
-    bottom.vlines(layers, 0, shift, color=COLORS["legr"])
-    bottom.plot(layers, shift, "o", ms=4, color=COLORS["legr"])
+    bottom.vlines(layers, 0, shift, color=COLORS[method])
+    bottom.plot(layers, shift, "o", ms=4, color=COLORS[method])
     bottom.axhline(0, color=COLORS["norm"], ls="--", lw=1)
     bottom.set(xlabel="prunable layer, in execution order", ylabel="shift κ / s")
     return figure
@@ -171,9 +186,11 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], paper: pd.DataFram
 
 def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, caption: str) -> Figure:
     """Each fitness against the accuracy after the same short fine-tuning, one point per ranking."""
+    sources = {"legr": "candidates of the recalibrated search", "legr-tau0": "candidates of the τ = 0 search"}
+    sources["norm"] = LABELS["norm"]
     figure, axes = _figure(caption, len(FITNESS), 12, 4.4)
     for ax, (kind, label) in zip(axes[0], FITNESS.items(), strict=True):
-        for source in [s for s in LABELS if s in set(table.source)]:
+        for source in [s for s in sources if s in set(table.source)]:
             part = table[table.source == source]
             ax.scatter(
                 part[kind],
@@ -181,10 +198,11 @@ def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, capt
                 s=36,
                 color=COLORS[source],
                 marker=MARKERS[source],
-                label=LABELS[source].replace("LeGR", "from search:"),
+                label=sources[source],
             )
         rho = correlations.set_index("fitness").spearman[kind]
-        ax.set(xlabel=label, xscale="log", title=f"Spearman ρ = {rho:.2f}")
+        ax.set(xlabel=label, title="Spearman ρ undefined" if pd.isna(rho) else f"Spearman ρ = {rho:.2f}")
+        _losses(ax, "x", table[kind])
     axes[0, 0].set_ylabel(f"test accuracy (%) after {steps} steps")
     axes[0, 0].legend(fontsize=7)
     return figure

@@ -148,7 +148,7 @@ def trace(model: nn.Module, example_input: Tensor) -> Graph:
 
     Args:
         model: a convolutional classifier that torch.fx can trace.
-        example_input: [1, channels, height, width], for the shapes.
+        example_input: [1, channels, height, width], for the shapes; its values do not matter.
 
     Raises:
         UserError: names the operation and the module that can't be traced.

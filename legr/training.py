@@ -81,7 +81,7 @@ class Compute(BaseModel):
             if device.startswith("cuda"):
                 fast = torch.cuda.is_bf16_supported()
             else:
-                fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+                fast = torch.cpu._is_avx512_bf16_supported()
             precision = "bfloat16" if fast else "float32"
         if self.threads is not None:
             torch.set_num_threads(self.threads)

@@ -133,8 +133,7 @@ def test_a_new_target_makes_only_the_new_networks(done):
 
 def test_another_search_leaves_the_baseline_alone(done):
     names, _ = planned(done, lambda p: p["demo"][NAME]["search"].update(flops=0.4))
-    assert "baseline" not in names
-    assert {"ranking", "fitness", "prune", "compare"} <= names
+    assert names == {"ranking", "ranking-tau0", "fitness"}  # and what follows, if they come out otherwise
 
 
 def test_a_notebook_runs_by_hand_from_its_folder(done):
