@@ -35,6 +35,7 @@ class FitnessSettings(BaseModel):
     steps: PositiveInt = 200  # τ, for `steps`
     lr: PositiveFloat = 0.01  # for `steps`
     batch_size: PositiveInt = 128  # for `steps`
+    flip: bool = True  # for `steps`: mirror half of the images
 
 
 @dataclass
@@ -82,7 +83,7 @@ def tune(model: nn.Module, images: Images, settings: FitnessSettings, compute: C
     """`settings.steps` gradient steps at a constant learning rate, in place."""
     per_epoch = max(len(images) // settings.batch_size, 1)
     generator = torch.Generator().manual_seed(seed)
-    recipe = Recipe(epochs=1, batch_size=settings.batch_size, lr=settings.lr, milestones=())
+    recipe = Recipe(epochs=1, batch_size=settings.batch_size, lr=settings.lr, milestones=(), flip=settings.flip)
     done = 0
     while done < settings.steps:
         count = min(per_epoch, settings.steps - done)
