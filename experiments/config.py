@@ -24,6 +24,7 @@ class Section(BaseModel):
 
 class BaselineSettings(Section):
     recipe: Recipe
+    restart: Recipe | None = None  # trained on by this afterwards: a warm restart (Loshchilov & Hutter, ICLR 2017)
     seed: NonNegativeInt = 0
 
 
