@@ -11,7 +11,7 @@ import torchvision
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch.nn import functional as F
 
-from legr import progress
+from experiments import progress
 from legr.data import Images, save
 from legr.errors import UserError
 

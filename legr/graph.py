@@ -153,15 +153,35 @@ def trace(model: nn.Module, example_input: Tensor) -> Graph:
     Raises:
         UserError: names the operation and the module that can't be traced.
     """
-    quiet = copy.deepcopy(model).eval()
+    quiet, tracer = copy.deepcopy(model).eval(), _Tracer()
     try:
-        traced = fx.Tracer().trace(quiet)
+        traced = tracer.trace(quiet)
     except Exception as error:
-        raise UserError(f"{type(model).__name__} can't be traced by torch.fx: {str(error).splitlines()[0]}") from None
-    with torch.inference_mode():
-        device = next(quiet.parameters()).device
-        ShapeProp(fx.GraphModule(quiet, traced)).propagate(example_input.to(device))
+        where = tracer.failed or "(the network itself)"
+        raise UserError(f"module {where} can't be traced by torch.fx: {str(error).splitlines()[0]}") from None
+    try:
+        with torch.inference_mode():
+            device = next(quiet.parameters()).device
+            ShapeProp(fx.GraphModule(quiet, traced)).propagate(example_input.to(device))
+    except RuntimeError as error:
+        shape = list(example_input.shape)
+        raise UserError(
+            f"example_input of shape {shape} does not fit the network: {str(error).splitlines()[0]}"
+        ) from None
     return _Labeller(quiet, traced).graph()
+
+
+class _Tracer(fx.Tracer):
+    """Remembers in which module tracing failed."""
+
+    failed: str | None = None
+
+    def call_module(self, m, forward, args, kwargs):
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
 
 
 class _Labeller:

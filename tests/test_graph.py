@@ -97,6 +97,20 @@ def test_a_function_is_refused_with_its_module():
         legr.trace(Odd(Inner()), torch.zeros(1, 3, 8, 8))
 
 
+def test_control_flow_on_values_is_refused_with_its_module():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(legr.UserError, match="module what can't be traced .* control flow"):
+        legr.trace(Odd(Branch()), torch.zeros(1, 3, 8, 8))
+
+
+def test_an_example_that_does_not_fit_is_one_sentence():
+    with pytest.raises(legr.UserError, match=r"example_input of shape \[1, 1, 8, 8\] does not fit the network"):
+        legr.trace(Odd(nn.Identity()), torch.zeros(1, 1, 8, 8))
+
+
 def test_a_convolution_used_twice_is_refused():
     class Twice(nn.Module):
         def __init__(self):
