@@ -88,6 +88,11 @@ class Workspace:
         return self.results / "figures"
 
     @property
+    def baseline(self) -> Path:
+        """The dense network's weights; small enough for git, so that a clone has what all else starts from."""
+        return self.results / "baseline.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         """Beside results/ as checkpoints/; within any other results folder."""
         base = self.root if self.results_root == self.root / "results" else self.results_root
