@@ -134,21 +134,22 @@ def save(path: Path, name: str, classes: list[str], train: Images, test: Images,
     tensors = {}
     for part, images in {"fit": train[fit], "holdout": train[held], "test": test}.items():
         tensors[f"{part}.pixels"], tensors[f"{part}.labels"] = images.pixels.contiguous(), images.labels
-    metadata = {"name": name, "classes": json.dumps(classes), "fingerprint": tensors_digest(tensors)}
+    about = {"name": name, "classes": classes, "fingerprint": tensors_digest(tensors)}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        # One entry: safetensors writes several in random order, and the same images must give the same file.
+        save_file(tensors, temporary, {"about": json.dumps(about)})
 
 
 def load(path: Path) -> Dataset:
     """The data set that `save` wrote."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["about"])
             parts = {
                 n: Images(file.get_tensor(f"{n}.pixels"), file.get_tensor(f"{n}.labels"))
                 for n in ("fit", "holdout", "test")
             }
-        return Dataset(metadata["name"], json.loads(metadata["classes"]), fingerprint=metadata["fingerprint"], **parts)
+        return Dataset(about["name"], about["classes"], fingerprint=about["fingerprint"], **parts)
     except FileNotFoundError:
         raise UserError(f"data file {path} does not exist; run the data stage (dvc repro) first") from None
     except Exception as error:
