@@ -23,23 +23,33 @@ NOTEBOOKS = Path("notebooks")
 
 
 def main() -> int:
-    stages = ["data", *sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))]
+    stages = ["data", *sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")), "report"]
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--scale", required=True)
-    parser.add_argument("--experiment", required=True)
+    parser.add_argument("--experiment", required=True, nargs="+", help="one or several; a report is of all")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the notebook")
     arguments = parser.parse_args()
     try:
-        space = workspace(arguments.scale, arguments.experiment)
-        if arguments.stage == "data":
-            datasets.prepare(space.settings.data, space.root / "data" / "downloads", space.images)
+        spaces = [workspace(arguments.scale, experiment) for experiment in arguments.experiment]
+        if arguments.stage == "report":
+            from experiments import report
+
+            report.build(spaces, spaces[0].results.parent / "report.html")
         else:
-            execute(arguments.stage, space, dict(_pair(text) for text in arguments.set))
+            for space in spaces:
+                _run(arguments.stage, space, dict(_pair(text) for text in arguments.set))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(stage: str, space: Workspace, parameters: dict[str, str]) -> None:
+    if stage == "data":
+        datasets.prepare(space.settings.data, space.root / "data" / "downloads", space.images)
+    else:
+        execute(stage, space, parameters)
 
 
 def execute(name: str, space: Workspace, parameters: dict[str, str]) -> None:
@@ -60,6 +70,8 @@ def execute(name: str, space: Workspace, parameters: dict[str, str]) -> None:
     # DVC deletes outputs before a stage runs, so what an interrupted run resumes from lies elsewhere.
     state = space.root / ".state" / space.scale / space.name / (name + suffix)
     os.environ["LEGR_STATE"] = str(state)
+    # glibc hands large blocks back to the system at once, and a network takes the same ones in every step.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)} | os.environ
     with tempfile.TemporaryDirectory() as folder, _progress(Path(folder) / "progress"):
         output = Path(folder) / "executed.ipynb"
         try:

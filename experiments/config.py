@@ -9,8 +9,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from experiments.datasets import DataSettings
+from experiments.prediction import PredictionSettings
 from legr.errors import UserError
-from legr.fitness import FitnessSettings, Kind, PredictionSettings
+from legr.fitness import FitnessSettings, Kind
 from legr.models import MODELS
 from legr.search import SearchSettings
 from legr.training import Compute, Recipe

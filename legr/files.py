@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,16 +66,3 @@ def load_state(path: str | Path) -> dict[str, Any] | None:
         raise UserError(
             f"checkpoint {path} is corrupt ({type(error).__name__}); delete it to start this step again"
         ) from None
-
-
-def remembered(folder: str | Path, name: str, key: Any, make: Callable[[], Any]) -> Any:
-    """The JSON value that `make` returned for this `key`, now or in an earlier, interrupted run."""
-    path = Path(folder) / f"{name}-{digest(key)}.json"
-    if path.exists():
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"saved result {path} is corrupt; delete it to compute it again") from None
-    value = make()
-    write_json(path, value)
-    return value

@@ -5,17 +5,14 @@ BatchNorm statistics on training images first. `steps` takes τ gradient steps f
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import nn
 
 from legr.data import Dataset, Images
-from legr.files import digest, remembered, tensors_digest
 from legr.graph import Graph
 from legr.ranking import Ranking, check_fraction, filter_norms, select
 from legr.surgery import prune
@@ -90,47 +87,3 @@ def tune(model: nn.Module, images: Images, settings: FitnessSettings, compute: C
         picked = torch.randperm(len(images), generator=generator)[: count * settings.batch_size]
         train(model, images[picked], recipe, compute, seed=seed + done)
         done += count
-
-
-class PredictionSettings(BaseModel):
-    """How the fitness choices are compared: by the accuracy after a short fine-tuning."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rankings: int = Field(24, ge=3)  # how many rankings
-    steps: PositiveInt = 200  # of fine-tuning, whose test accuracy a fitness should predict
-    seed: NonNegativeInt = 1  # not the search's, so that `steps` does not predict itself
-
-
-def judge_all(
-    model: nn.Module,
-    graph: Graph,
-    data: Dataset,
-    flops: float,
-    settings: FitnessSettings,
-    prediction: PredictionSettings,
-    compute: Compute,
-    state_folder: str | Path,
-) -> Callable[[Ranking], dict[str, float]]:
-    """A function of a ranking: its loss by every kind of fitness, and what they should predict.
-
-    Its results are {loss, recalibrated, steps: held-out losses; accuracy: on the test images after
-    `prediction.steps` gradient steps}. Each is kept in `state_folder`, so that interrupted work continues.
-    """
-    judges = {
-        k: Fitness(model, graph, data, flops, settings.model_copy(update={"kind": k}), compute) for k in get_args(Kind)
-    }
-    update = {"kind": "steps", "steps": prediction.steps}
-    outcome = Fitness(model, graph, data, flops, settings.model_copy(update=update), compute, prediction.seed)
-    outcome.validation = data.test.to(compute.device)
-    given = [tensors_digest(model.state_dict()), data.fingerprint, flops, settings.model_dump(exclude={"kind"})]
-    given += [prediction.steps, prediction.seed, compute.identity()]
-
-    def judge(ranking: Ranking) -> dict[str, float]:
-        def measure() -> dict[str, float]:
-            losses = {kind: fitness(ranking)["loss"] for kind, fitness in judges.items()}
-            return losses | {"accuracy": outcome(ranking)["accuracy"]}
-
-        return remembered(state_folder, "judged", [*given, digest([ranking.scale, ranking.shift])], measure)
-
-    return judge
