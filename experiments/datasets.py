@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch.nn import functional as F
 
@@ -23,7 +24,7 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["digits", "cifar10"]
+    name: Literal["digits", "cifar10", "folder"]
     resolution: PositiveInt = 32
     holdout: PositiveInt  # training images kept from the baseline, on which the search judges
     folder: str | None = None  # has train/<class>/ and test/<class>/ (or val/<class>/)
@@ -41,6 +42,17 @@ def _digits() -> tuple[list[str], Images, Images]:
     every = Images(pixels, torch.tensor(bunch.target, dtype=torch.int64))
     test = torch.arange(len(every)) % 5 == 0
     return [str(d) for d in range(10)], every[~test], every[test]
+
+
+def digits_folder(root: Path) -> Path:
+    """The same digits as a folder of PNG files, as a user's own images would lie."""
+    classes, train, test = _digits()
+    for split, images in (("train", train), ("test", test)):
+        for i, (pixels, label) in enumerate(zip(images.pixels, images.labels.tolist(), strict=True)):
+            path = root / split / classes[label] / f"{i:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    return root
 
 
 def _folder(root: Path, resolution: int) -> tuple[list[str], Images, Images]:
@@ -66,8 +78,6 @@ def _folder(root: Path, resolution: int) -> tuple[list[str], Images, Images]:
 
 
 def _decode(samples: list[tuple[str, int]], resolution: int, where: Path) -> Images:
-    from PIL import Image
-
     def read(path: str) -> np.ndarray | str:
         try:
             with Image.open(path) as image:
@@ -114,7 +124,9 @@ def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
     folder = settings.folder or (os.environ.get("LEGR_CIFAR10") if settings.name == "cifar10" else None)
     if settings.name == "digits":
         classes, train, test = _digits()
-    elif folder:
+    elif folder or settings.name == "folder":
+        if not folder:
+            raise UserError("data.folder is missing; data.name 'folder' needs it: train/<class>/ and test/<class>/")
         classes, train, test = _folder(Path(folder).expanduser(), settings.resolution)
     else:
         classes, train, test = _cifar10_download(downloads)

@@ -1,17 +1,21 @@
 """All figures: one style, one colour per method, each with a line that says which run it shows."""
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 from torch import Tensor
 
-from legr.files import atomic
+from legr.files import atomic, write_text
 from legr.graph import Graph
 from legr.ranking import Ranking
 
@@ -36,10 +40,12 @@ FITNESS = {
     "recalibrated": "loss, BatchNorm recalibrated",
     "steps": "loss after τ steps",
 }
+FITTED = "loss, BatchNorm recalibrated, on images that the dense network was trained on"
 
 sns.set_theme(
     context="notebook",
     style="whitegrid",
+    font_scale=1.15,  # readable at half width
     rc={
         "figure.dpi": 100, "savefig.dpi": 200, "figure.constrained_layout.use": True, "svg.hashsalt": "legr",
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "white",
@@ -48,17 +54,20 @@ sns.set_theme(
 
 
 def save(figure: Figure, path: str | Path) -> Figure:
-    """Write `path`.svg and `path`.png; returns the figure for display."""
+    """Write `path`.svg, `path`.png and the numbers drawn as `path`.csv; returns the figure for display."""
     for suffix, metadata in ((".svg", {"Date": None}), (".png", {})):
         with atomic(f"{path}{suffix}") as temporary:
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
+    write_text(f"{path}.csv", figure.data.to_csv(index=False, float_format="%.6g"))
     plt.close(figure)
     return figure
 
 
-def _figure(caption: str, columns: int = 1, width: float = 7.0, height: float = 4.2, rows: int = 1):
+def _figure(data: pd.DataFrame, caption: str, columns: int = 1, width: float = 7.0, height: float = 4.2, rows: int = 1):
+    """Axes [rows, columns] on a figure that carries the numbers it shows (`.data`) and says which run they are of."""
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
-    figure.supxlabel(caption, fontsize=8, color="#555555")
+    figure.data = data
+    figure.supxlabel("\n".join(wrap(caption, 15 * width)), fontsize=9, color="#555555")
     return figure, axes
 
 
@@ -67,14 +76,15 @@ def _losses(ax: Axes, which: str, values: pd.Series) -> None:
     axis = getattr(ax, f"{which}axis")
     if max(values) > 5 * min(values) > 0:
         ax.set(**{f"{which}scale": "log"})
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        narrow = max(values) < 20 * min(values)
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 2, 5)))
         axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")
 
 
 def training(history: pd.DataFrame, caption: str) -> Figure:
     """Accuracy and learning rate over epochs, from the rows of `training.train`."""
-    figure, axes = _figure(caption, 2, 9, 3.6)
+    figure, axes = _figure(history.drop(columns="seconds"), caption, 2, 9, 3.6)
     left, right = axes[0]
     left.plot(history.epoch, 100 * history.train_accuracy, color="#7F7F7F", label="training images (augmented)")
     if "val_accuracy" in history:
@@ -90,7 +100,7 @@ def training(history: pd.DataFrame, caption: str) -> Figure:
 
 def search(history: pd.DataFrame, method: str, population: int, caption: str) -> Figure:
     """Every candidate's loss and the best so far over evaluations; norm-only is marked."""
-    figure, axes = _figure(caption)
+    figure, axes = _figure(history[["evaluation", "loss", "best"]], caption)
     ax = axes[0, 0]
     ax.scatter(history.evaluation, history.loss, s=10, color=COLORS[method], alpha=0.4, label="candidate", linewidths=0)
     ax.plot(history.evaluation, history.best, color=COLORS[method], lw=2, label="best so far")
@@ -109,8 +119,10 @@ def search(history: pd.DataFrame, method: str, population: int, caption: str) ->
 
 def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, caption: str) -> Figure:
     """The learned α (log scale) and κ (in deviations of the layer's norms) of each layer."""
-    figure, axes = _figure(caption, 1, 9, 5, rows=2)
     layers = range(1, len(ranking.scale) + 1)
+    shift = [k / s for k, s in zip(ranking.shift, deviations, strict=True)]
+    data = pd.DataFrame({"layer": layers, "scale": ranking.scale, "shift": ranking.shift, "shift_over_s": shift})
+    figure, axes = _figure(data, caption, 1, 9, 5, rows=2)
     top, bottom = axes[:, 0]
     top.vlines(layers, 1, ranking.scale, color=COLORS[method])
     top.plot(layers, ranking.scale, "o", ms=4, color=COLORS[method])
@@ -118,7 +130,6 @@ def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, capt
     top.set(ylabel="scale α")
     _losses(top, "y", ranking.scale)
     top.legend(loc="upper right")
-    shift = [k / s for k, s in zip(ranking.shift, deviations, strict=True)]
     bottom.vlines(layers, 0, shift, color=COLORS[method])
     bottom.plot(layers, shift, "o", ms=4, color=COLORS[method])
     bottom.axhline(0, color=COLORS["norm"], ls="--", lw=1)
@@ -128,11 +139,13 @@ def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, capt
 
 def widths(graph: Graph, kept: Mapping[str, Sequence[Tensor]], caption: str) -> Figure:
     """Filters left in each layer, one panel per method, over the dense network's."""
-    figure, axes = _figure(caption, 1, 9, 1.9 * len(kept) + 0.6, rows=len(kept))
     layers = range(1, len(graph.layers) + 1)
+    data = pd.DataFrame({"layer": layers, "name": [layer.name for layer in graph.layers], "dense": graph.widths})
+    data = data.assign(**{method: [int(m.sum()) for m in masks] for method, masks in kept.items()})
+    figure, axes = _figure(data, caption, 1, 9, 1.9 * len(kept) + 0.6, rows=len(kept))
     for ax, (method, masks) in zip(axes[:, 0], kept.items(), strict=True):
         ax.bar(layers, graph.widths, color="#E3E3E3", width=0.9, label="dense")
-        ax.bar(layers, [int(m.sum()) for m in masks], color=COLORS[method], width=0.9, label=LABELS[method])
+        ax.bar(layers, data[method], color=COLORS[method], width=0.9, label=LABELS[method])
         ax.set(ylabel="filters", xlim=(0.3, len(graph.layers) + 0.7))
         ax.grid(visible=False, axis="x")
         ax.set_title(f"{LABELS[method]} · {graph.flops(masks) / 1e6:.1f} MFLOPs", loc="left", fontsize=11)
@@ -140,9 +153,70 @@ def widths(graph: Graph, kept: Mapping[str, Sequence[Tensor]], caption: str) -> 
     return figure
 
 
+def search_movie(
+    graph: Graph, tried: Sequence[Sequence[int]], history: pd.DataFrame, method: str, path: str | Path, frames: int = 80
+) -> str:
+    """The search as a GIF: widths of the candidate on trial over those of the best so far, and its loss.
+
+    Args:
+        tried: widths [evaluations, layers] of every candidate.
+        history: the rows of the search, one for each of `tried`.
+        path: without its suffix.
+        frames: at most so many evaluations are shown, evenly chosen, the last one included.
+
+    Returns:
+        An HTML image element that holds the GIF.
+    """
+    figure, axes = plt.subplots(2, 1, figsize=(8, 4.4), dpi=72, height_ratios=(2, 1))
+    top, bottom = axes
+    layers = range(1, len(graph.layers) + 1)
+    top.bar(layers, graph.widths, color="#E3E3E3", width=0.9, label="dense")
+    best_bars = top.bar(layers, graph.widths, color=COLORS[method], width=0.9, label="best so far")
+    (now,) = top.plot(layers, graph.widths, "_", color="#000000", ms=6, mew=1.5, label="on trial")
+    top.set(xlabel="prunable layer, in execution order", ylabel="filters", xlim=(0.3, len(graph.layers) + 0.7))
+    top.grid(visible=False, axis="x")
+    top.legend(fontsize=8, loc="upper left", ncols=3)
+    title = top.set_title(" ", loc="left", fontsize=10)
+    bottom.plot(history.evaluation, history.loss, ".", color=COLORS[method], alpha=0.3, ms=4, mew=0)
+    bottom.plot(history.evaluation, history.best, color=COLORS[method], lw=1.5)
+    (dot,) = bottom.plot([], [], "o", color="#000000", ms=5)
+    bottom.set(xlabel="evaluation", ylabel="loss", xlim=(0.5, len(history) + 0.5))
+    _losses(bottom, "y", history.loss)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # the layout is settled; solving it again for every frame is slow
+
+    def draw(i: int) -> None:
+        row, best = history.iloc[i], int(history.loss[: i + 1].argmin())
+        now.set_ydata(tried[i])
+        dot.set_data([row.evaluation], [row.loss])
+        for bar, width in zip(best_bars, tried[best], strict=True):
+            bar.set_height(width)
+        title.set_text(f"{LABELS[method]} · evaluation {int(row.evaluation)} · best loss {row.best:.3f}")
+
+    last = len(history) - 1
+    images = []
+    for i in sorted({round(last * k / (frames - 1)) for k in range(frames)}):
+        draw(i)
+        figure.canvas.draw()
+        images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(64))
+    plt.close(figure)
+    with atomic(f"{path}.gif") as temporary:
+        pauses = [120] * (len(images) - 1) + [2500]  # milliseconds
+        images[0].save(temporary, "GIF", save_all=True, append_images=images[1:], duration=pauses, loop=0)
+        content = temporary.read_bytes()
+    return f'<img alt="the search, animated" src="data:image/gif;base64,{base64.b64encode(content).decode()}">'
+
+
 def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], paper: pd.DataFrame | None, caption: str) -> Figure:
     """Accuracy over FLOPs: fine-tuned (left) and before fine-tuning (right); mean and range over seeds."""
-    figure, axes = _figure(caption, 2, 11, 4.8)
+    shown = table[["method", "target", "flops", "accuracy_before", "accuracy", "seed"]]
+    points = [{"method": "dense", "target": 1.0, "flops": dense["flops"], "accuracy": dense["accuracy"]}]
+    if paper is not None:
+        points += [
+            {"method": f"paper: {row.network}", "flops": 1e6 * row.mflops, "accuracy": row.accuracy_percent / 100}
+            for row in paper.itertuples()
+        ]
+    figure, axes = _figure(pd.concat([shown, pd.DataFrame(points)]), caption, 2, 10, 4.8)
     for ax, column, title in zip(
         axes[0], ("accuracy", "accuracy_before"), ("after fine-tuning", "as cut, no fine-tuning"), strict=True
     ):
@@ -165,7 +239,7 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], paper: pd.DataFram
             paper.accuracy_percent,
             MARKERS["paper"],
             color=COLORS["paper"],
-            label="paper (400 epochs)",
+            label="paper's Table 1",
             ls="none",
             mew=2,
         )
@@ -178,40 +252,43 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], paper: pd.DataFram
                     textcoords="offset points",
                     fontsize=7,
                     color="#555555",
-                    ha="right" if row.network == "dense" else "center",
+                    ha="center" if "70%" in row.network else "right",
                 )
     axes[0, 0].legend(fontsize=8, loc="lower right")
     return figure
 
 
 def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, caption: str) -> Figure:
-    """Each fitness against the accuracy after the same short fine-tuning, one point per ranking."""
+    """Each fitness against the accuracy after the same short fine-tuning: a point per ranking, deviation over seeds."""
     sources = {"legr": "candidates of the recalibrated search", "legr-tau0": "candidates of the τ = 0 search"}
     sources["norm"] = LABELS["norm"]
-    figure, axes = _figure(caption, len(FITNESS), 12, 4.4)
+    figure, axes = _figure(table, caption, len(FITNESS), 11, 4.2)
     for ax, (kind, label) in zip(axes[0], FITNESS.items(), strict=True):
         for source in [s for s in sources if s in set(table.source)]:
             part = table[table.source == source]
-            ax.scatter(
+            ax.errorbar(
                 part[kind],
                 100 * part.accuracy,
-                s=36,
+                100 * part.deviation.fillna(0),
                 color=COLORS[source],
                 marker=MARKERS[source],
                 label=sources[source],
+                ls="none",
+                elinewidth=0.8,
+                ms=6,
             )
         rho = correlations.set_index("fitness").spearman[kind]
         ax.set(xlabel=label, title="Spearman ρ undefined" if pd.isna(rho) else f"Spearman ρ = {rho:.2f}")
         _losses(ax, "x", table[kind])
     axes[0, 0].set_ylabel(f"test accuracy (%) after {steps} steps")
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=8)
     return figure
 
 
 def latency(table: pd.DataFrame, caption: str) -> Figure:
     """Latency over FLOPs, both relative to the dense network; one panel per batch size."""
     sizes = sorted(table.batch.unique())
-    figure, axes = _figure(caption, len(sizes), 5 * len(sizes), 4.4)
+    figure, axes = _figure(table, caption, len(sizes), 5 * len(sizes), 4.4)
     for ax, batch in zip(axes[0], sizes, strict=True):
         part = table[table.batch == batch]
         dense = part[part.method == "dense"].iloc[0]

@@ -1,11 +1,15 @@
 """Small networks and data that most tests share. Everything runs in float32 on one thread count."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,6 +18,9 @@ from experiments.datasets import DataSettings, prepare
 from legr import data
 from legr.models import CifarResNet
 from legr.training import Compute
+
+PROJECT = Path(__file__).parent.parent
+NAME = "cifar10-resnet56"
 
 
 class Inverted(nn.Module):
@@ -109,3 +116,44 @@ def random_kept(graph: legr.Graph, seed: int, share: float = 0.5) -> list[torch.
     for own in graph.units:
         units[own[0]] = True
     return graph.masks(units)
+
+
+def dvc(folder, *arguments, check=True):
+    command = [sys.executable, "-m", "dvc", *arguments]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def change(folder, edit):
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    edit(params)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory):
+    """A copy of the project in which the pipeline has run, shortened. Tests leave it as they found it."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("legr", "experiments", "notebooks"):
+        shutil.copytree(
+            PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(PROJECT / name, folder / name)
+
+    def shorten(params):
+        demo = params["demo"][NAME]
+        params["experiments"][NAME] |= {"targets": [0.5], "contrast": {"legr-tau0": [0.5]}}
+        demo["baseline"]["recipe"]["epochs"] = 2
+        demo["search"]["algorithm"] = {"population": 4, "evaluations": 6, "sample": 2}
+        demo["search"]["fitness"] |= {"validation_images": 64, "recalibration_images": 64, "steps": 1}
+        demo["finetune"]["recipe"]["epochs"] = 1
+        demo["prediction"] = {"rankings": 5, "steps": 4}
+        demo["latency"] = {"batches": [1, 4], "repetitions": 2, "warmup": 1}
+
+    change(folder, shorten)
+    dvc(folder, "init", "--no-scm", "--quiet")
+    dvc(folder, "repro")
+    return folder

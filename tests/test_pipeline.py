@@ -1,19 +1,16 @@
 """The whole pipeline through DVC, on a shortened demo: what it leaves, and what it runs again."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
-import yaml
+from nbclient import NotebookClient
 
-PROJECT = Path(__file__).parent.parent
-NAME = "cifar10-resnet56"
+from tests.conftest import NAME, PROJECT, change, dvc
+
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 
 
@@ -22,47 +19,6 @@ def test_a_source_notebook_is_clean_and_has_parameters(path):
     cells = nbformat.read(path, as_version=4).cells
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in cells) == 1
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
-
-
-def dvc(folder, *arguments, check=True):
-    command = [sys.executable, "-m", "dvc", *arguments]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PATH": path})
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def change(folder, edit):
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    edit(params)
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A copy of the project in which the pipeline has run."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("legr", "experiments", "notebooks"):
-        shutil.copytree(
-            PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-        )
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(PROJECT / name, folder / name)
-
-    def shorten(params):
-        demo = params["demo"][NAME]
-        params["experiments"][NAME] |= {"targets": [0.5], "contrast": {"legr-tau0": [0.5]}}
-        demo["baseline"]["recipe"]["epochs"] = 2
-        demo["search"]["algorithm"] = {"population": 4, "evaluations": 6, "sample": 2}
-        demo["search"]["fitness"] |= {"validation_images": 64, "recalibration_images": 64, "steps": 1}
-        demo["finetune"]["recipe"]["epochs"] = 1
-        demo["prediction"] = {"rankings": 5, "steps": 4}
-        demo["latency"] = {"batches": [1, 4], "repetitions": 2, "warmup": 1}
-
-    change(folder, shorten)
-    dvc(folder, "init", "--no-scm", "--quiet")
-    dvc(folder, "repro")
-    return folder
 
 
 def test_it_leaves_what_a_comparison_needs(done):
@@ -78,6 +34,7 @@ def test_it_leaves_what_a_comparison_needs(done):
     for figure in ("training", "search", "search-tau0", "ranking", "widths", "prediction", "tradeoff", "latency"):
         assert (results / "figures" / f"{figure}.png").stat().st_size > 5000
         assert (results / "figures" / f"{figure}.svg").stat().st_size > 5000
+        assert len(pd.read_csv(results / "figures" / f"{figure}.csv")) > 1
     assert not (done / ".state").exists() or not list((done / ".state").rglob("*.*"))
 
 
@@ -137,12 +94,12 @@ def test_another_search_leaves_the_baseline_alone(done):
 
 
 def test_a_notebook_runs_by_hand_from_its_folder(done):
-    """As in JupyterLab: current folder notebooks/, defaults of the parameters cell but the results folder."""
+    """As in JupyterLab: current folder notebooks/, the parameters cell edited to play in another folder."""
+    shutil.copytree(done / "results", done / "playground")
     notebook = nbformat.read(done / "notebooks" / "2_ranking.ipynb", as_version=4)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            cell.source += '\noverrides = {"search.algorithm.evaluations": 5}\n'
-    from nbclient import NotebookClient
-
+            cell.source += '\nresults, overrides = "playground", {"search.algorithm.evaluations": 5}\n'
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(done / "notebooks")}}).execute()
-    assert len(pd.read_csv(done / "results" / "demo" / NAME / "search.csv")) == 5
+    assert len(pd.read_csv(done / "playground" / "demo" / NAME / "search.csv")) == 5
+    assert len(pd.read_csv(done / "results" / "demo" / NAME / "search.csv")) == 6

@@ -1,0 +1,111 @@
+"""All executed notebooks of one scale as a single page that can be read offline: no script, no link to fetch."""
+
+import json
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+
+import nbformat
+from jinja2 import DictLoader, Environment
+from latex2mathml.converter import convert
+from nbconvert.exporters import HTMLExporter
+
+from experiments.config import Workspace
+from legr.errors import UserError
+from legr.files import write_text
+
+# Chapters in reading order: the executed notebooks whose names begin so; folded ones are details.
+CHAPTERS = [("1_", False), ("2_", False), ("3_", True), ("4_", False), ("5_", False)]
+BODY = """
+{%- extends 'basic/index.html.j2' -%}
+{%- block input -%}
+<details class="code"><summary>code</summary>{{ super() }}</details>
+{%- endblock input -%}
+"""
+
+
+def build(spaces: list[Workspace], path: Path) -> None:
+    """Write the page for experiments of one scale.
+
+    Raises:
+        UserError: if an experiment has no executed notebooks.
+    """
+    exporter = HTMLExporter(
+        template_file="body.html.j2",
+        extra_loaders=[DictLoader({"body.html.j2": BODY})],
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    experiments = []
+    for space in spaces:
+        executed = sorted((space.results / "notebooks").glob("*.ipynb"), key=lambda path: path.stem)
+        if not executed:
+            raise UserError(f"results folder {space.results} has no executed notebooks; run the pipeline (dvc repro)")
+        chapters = [
+            {"id": f"{space.name}-{source.stem}", "folded": folded, **_chapter(exporter, source)}
+            for prefix, folded in CHAPTERS
+            for source in executed
+            if source.name.startswith(prefix)
+        ]
+        experiments.append({"name": space.name, "facts": _facts(space), "chapters": chapters})
+    template = files("experiments").joinpath("report.html.j2").read_text(encoding="utf-8")
+    page = Environment(autoescape=True).from_string(template).render(scale=spaces[0].scale, experiments=experiments)
+    write_text(path, page)
+
+
+def _chapter(exporter: HTMLExporter, source: Path) -> dict[str, str]:
+    notebook = nbformat.read(source, as_version=4)
+    title = source.stem
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _mathml(re.sub(r"^> \*\*To play:\*\*.*$", "", cell.source, flags=re.M))
+            if heading := re.match(r"# (.+)\n?", cell.source):
+                title = heading[1]
+                cell.source = cell.source[heading.end() :]
+    detail = source.stem.partition("-")[2]
+    body, _ = exporter.from_notebook_node(notebook)
+    return {"title": f"{title} ({detail})" if detail else title, "body": body}
+
+
+def _mathml(markdown: str) -> str:
+    """TeX between dollars as MathML, which browsers draw without a script. Code spans are left alone."""
+    parts = re.split(r"(`+[^`]*`+)", markdown)
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1].strip(), "block"), parts[i], flags=re.S)
+        parts[i] = re.sub(r"\$(.+?)\$", lambda m: convert(m[1]), parts[i])
+    return "".join(parts)
+
+
+def _facts(space: Workspace) -> dict[str, str]:
+    """Where the numbers come from."""
+    dense = json.loads((space.results / "baseline.json").read_text(encoding="utf-8"))
+    settings = space.settings
+    seeds = [str(settings.baseline.seed), str(settings.search.algorithm.seed)]
+    return {
+        "scale": space.scale,
+        "data": f"{settings.data.name}, {dense['train_images']:,} images for the dense network, "
+        f"{dense['test_images']:,} for testing",
+        "network": settings.model,
+        "seeds": f"baseline {seeds[0]}, search {seeds[1]}, fine-tuning {', '.join(map(str, settings.finetune.seeds))}",
+        "hardware": f"{dense['hardware']}; {dense['device']}, {dense['precision']}",
+        "PyTorch": dense["torch"],
+        "time": f"{dense['seconds']:,.0f} seconds for the dense network (wall time, pauses included); "
+        "the searches' times are in chapter 2",
+        "code": _commit(space.root),
+        "page made": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _commit(root: Path) -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD").strip()
+        changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=no").splitlines()]
+    except (OSError, subprocess.CalledProcessError):
+        return "not in a git repository"
+    changed = [name for name in changed if not name.startswith(("results/", "dvc.lock"))]
+    return f"commit {commit}" + (f", with changes in {', '.join(changed)}" if changed else "")

@@ -1,0 +1,103 @@
+"""What people look at, in headless Chromium: the report, and the explorer in JupyterLab."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_figure_of_the_report_is_drawn(done, browser, scheme):
+    page = browser.new_page(color_scheme=scheme)
+    problems = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else problems.append(r.url))
+    page.goto((done / "results" / "demo" / "report.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    images = page.locator("img")
+    page.wait_for_function("[...document.images].every(i => i.complete)")
+    assert images.count() >= 15
+    assert page.evaluate("[...document.images].every(i => i.naturalWidth > 100)")
+    assert page.locator("math").first.bounding_box()["width"] > 5
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert not problems
+    page.close()
+
+
+@pytest.fixture
+def lab(done):
+    """JupyterLab over the finished project; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        "--IdentityProvider.token=",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(done), "JUPYTERLAB_SETTINGS_DIR": str(done / ".lab")}
+    with open(done.parent / "lab.log", "w") as log:
+        server = subprocess.Popen(command, cwd=done, env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/api/status")
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def test_the_explorer_answers_in_jupyterlab(done, lab, browser):
+    notebook = done / "notebooks" / "explore.ipynb"
+    before = notebook.read_text()
+    notebook.write_text(before.replace('scale = \\"laptop\\"', 'scale = \\"demo\\"'))
+    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    try:
+        page.goto(f"{lab}/lab/tree/notebooks/explore.ipynb?reset", timeout=120_000)
+        page.get_by_text("| Idle").wait_for(timeout=120_000)
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        picture = page.locator(".widget-image").first
+        picture.wait_for(timeout=120_000)
+        first, numbers = picture.get_attribute("src"), page.locator(".widget-html").first.inner_text()
+        handle = page.locator(".widget-slider .noUi-handle").first
+        handle.focus()
+        for _ in range(8):
+            handle.press("ArrowLeft")
+        page.wait_for_function(
+            "before => document.querySelector('.widget-image').src != before", arg=first, timeout=60_000
+        )
+        page.wait_for_timeout(1000)
+        assert page.evaluate("document.querySelector('.widget-image').naturalWidth") > 500
+        assert page.locator(".widget-html").first.inner_text() != numbers
+    finally:
+        page.close()
+        notebook.write_text(before)
