@@ -130,7 +130,7 @@ def _drop_until(graph: Graph, order: np.ndarray, flops: float) -> list[Tensor]:
     # FLOPs only fall as units go, so the first count below the target is found by bisection.
     dense = graph.flops()
     if flops < 1 and flops_after(len(droppable)) >= flops * dense:
-        lowest = math.ceil(1000 * flops_after(len(droppable)) / dense + 1e-9) / 1000
+        lowest = min(math.ceil(1000 * flops_after(len(droppable)) / dense + 1e-9) / 1000, 1.0)
         raise UserError(f"flops is {flops}; the lowest reachable fraction of this network is {lowest}")
     low, high = 0, len(droppable) if flops < 1 else 0
     while low < high:
