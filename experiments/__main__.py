@@ -58,11 +58,6 @@ def execute(name: str, space: Workspace, parameters: dict[str, str]) -> None:
     from jupyter_client.manager import AsyncKernelManager
     from traitlets import Unicode
 
-    class LocalKernelManager(AsyncKernelManager):
-        """Speaks to the kernel through files of this user, not through open ports."""
-
-        transport = Unicode("ipc")
-
     warnings.filterwarnings("ignore", module="papermill|nbclient|jupyter")
     logging.getLogger("papermill").setLevel(logging.ERROR)
     values = {"scale": space.scale, "experiment": space.name} | {k: _value(v) for k, v in parameters.items()}
@@ -74,6 +69,13 @@ def execute(name: str, space: Workspace, parameters: dict[str, str]) -> None:
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)} | os.environ
     with tempfile.TemporaryDirectory() as folder, _progress(Path(folder) / "progress"):
         output = Path(folder) / "executed.ipynb"
+
+        class LocalKernelManager(AsyncKernelManager):
+            """Speaks to the kernel through files of this user, not through open ports."""
+
+            transport = Unicode("ipc")
+            ip = Unicode(f"{folder}/kernel")
+
         try:
             papermill.execute_notebook(
                 NOTEBOOKS / f"{name}.ipynb",

@@ -1,9 +1,11 @@
 """params.yaml: what it may say, and where things lie."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -193,6 +195,16 @@ def _validated(kind: type[BaseModel], values: Any, where: str) -> Any:
             raise UserError(f"params.yaml: {name} is missing") from None
         if first["type"] == "extra_forbidden":
             section = ".".join([where, *map(str, first["loc"][:-1])])
-            raise UserError(f"params.yaml: {name} is not a known setting of {section}") from None
+            near = get_close_matches(str(first["loc"][-1]), _settings_of(kind, first["loc"][:-1]), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"params.yaml: {name} is not a known setting of {section}{hint}") from None
         shown = first["input"] if not isinstance(first["input"], dict) else "a section"
         raise UserError(f"params.yaml: {name} is {shown!r}; {problem}") from None
+
+
+def _settings_of(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Names of the settings of the section at `path` below `kind`."""
+    for name in path:
+        annotation = kind.model_fields[str(name)].annotation
+        kind = next(k for k in (annotation, *get_args(annotation)) if isinstance(k, type) and issubclass(k, BaseModel))
+    return list(kind.model_fields)

@@ -19,7 +19,7 @@ NAME = "cifar10-resnet56"
 def project(tmp_path, monkeypatch):
     """A folder with a copy of params.yaml to spoil; also the current folder."""
     (tmp_path / "params.yaml").write_text((PROJECT / "params.yaml").read_text())
-    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks")
+    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns("kernel-*"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -54,7 +54,14 @@ def test_overrides_change_one_setting(project):
 MISTAKES = [
     ("data.name", "cifar11", r"data\.name is 'cifar11'.*'digits', 'cifar10' or 'folder'"),
     ("data.holdout", 0, r"data\.holdout is 0.*greater than 0"),
-    ("data.holdut", 5, r"data\.holdut is not a known setting of demo\.cifar10-resnet56\.data"),
+    ("data.holdut", 5, r"data\.holdut is not a known setting of demo\.cifar10-resnet56\.data; did you mean holdout\?$"),
+    (
+        "baseline.restart",
+        {"epoch": 3, "epochs": 3, "lr": 1},
+        r"restart\.epoch is not a known .*; did you mean epochs\?$",
+    ),
+    ("serach", {}, r"serach is not a known setting of demo\.cifar10-resnet56; did you mean search\?$"),
+    ("latency.gpu", 1, r"latency\.gpu is not a known setting of demo\.cifar10-resnet56\.latency$"),
     ("model", "resnet57", r"model is 'resnet57'; it must be one of resnet56, mobilenet_v2"),
     ("compute.precision", "float8", r"precision is 'float8'"),
     ("baseline.recipe.epochs", -1, r"baseline\.recipe\.epochs is -1.*greater than 0"),
