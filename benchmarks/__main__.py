@@ -1,0 +1,225 @@
+"""python -m benchmarks: measure, print, and write results/benchmarks/. Images are random; speed does not see them."""
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import legr
+from experiments.latency import measure
+from legr import models
+from legr.data import Dataset, Images, normalize
+from legr.files import write_json, write_text
+from legr.fitness import Fitness, FitnessSettings
+from legr.ranking import MAX_PRUNED, MIN_WIDTH
+from legr.search import SearchSettings, learn_ranking
+from legr.training import Compute, Recipe, train
+
+RESULTS = Path("results/benchmarks")
+COMMITTED = Path("results/laptop/cifar10-resnet56")
+
+
+def side_by_side(functions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Median seconds of each function; they take turns, after one call of each that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repetition in range(repetitions + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repetition:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def plain_select(graph: legr.Graph, scores: list, flops: float) -> list:
+    """LeGR-Pruning word for word: one unit after the other, FLOPs counted again after each."""
+    importance = np.zeros(graph.unit_count)
+    for units, score in zip(graph.units, scores, strict=True):
+        np.add.at(importance, units, score.numpy())
+    kept, target = np.ones(graph.unit_count, bool), flops * graph.flops()
+    for unit in np.argsort(importance, kind="stable"):
+        kept[unit] = False
+        widths = [int(mask.sum()) for mask in graph.masks(kept)]
+        if any(
+            n - left > min(math.floor(MAX_PRUNED * n), n - MIN_WIDTH)
+            for n, left in zip(graph.widths, widths, strict=True)
+        ):
+            kept[unit] = True
+        elif graph.flops(graph.masks(kept)) < target:
+            break
+    return graph.masks(kept)
+
+
+def plain_evaluation(path: Path, graph: legr.Graph, ranking: legr.Ranking, flops: float, images: Images) -> float:
+    """The authors' procedure: the network read and cut anew, float32, NCHW, batches of 128."""
+    model = models.load_weights(models.resnet56(), path)
+    kept = legr.select(graph, ranking.scores(legr.filter_norms(model, graph)), flops)
+    small, loss = legr.prune(model, graph, kept).eval(), 0.0
+    with torch.inference_mode():
+        for start in range(0, len(images), 128):
+            part = images[slice(start, start + 128)]
+            loss += F.cross_entropy(small(normalize(part.pixels).contiguous()), part.labels, reduction="sum").item()
+    return loss / len(images)
+
+
+def plain_training(model: nn.Module, images: Images) -> None:
+    """One epoch in float32, NCHW, batches of 128, without augmentation."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    model.train()
+    for start in range(0, len(images), 128):
+        part = images[slice(start, start + 128)]
+        optimizer.zero_grad()
+        F.cross_entropy(model(normalize(part.pixels).contiguous()), part.labels).backward()
+        optimizer.step()
+
+
+def random_images(count: int, side: int = 32, seed: int = 0) -> Images:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+    return Images(pixels, torch.randint(0, 10, (count,), generator=generator))
+
+
+def selection() -> list[dict]:
+    rows = []
+    for name, classes, side in (("resnet56", 10, 32), ("mobilenet_v2", 1000, 224)):
+        model = models.build(name, classes, 0)
+        graph = legr.trace(model, torch.zeros(1, 3, side, side))
+        scores = legr.Ranking.norm_only(len(graph.layers)).scores(legr.filter_norms(model, graph))
+        assert all(map(torch.equal, plain_select(graph, scores, 0.47), legr.select(graph, scores, 0.47)))
+        kept = legr.select(graph, scores, 0.47)
+        functions = {
+            "plain": lambda g=graph, s=scores: plain_select(g, s, 0.47),
+            "legr": lambda g=graph, s=scores: legr.select(g, s, 0.47),
+            "build": lambda m=model, g=graph, k=kept: legr.prune(m, g, k),
+        }
+        times = side_by_side(functions, 5)
+        rows += [
+            row(f"choosing the filters, {name}", "one by one, FLOPs counted anew", times["plain"], times["legr"]),
+            row(f"building the network, {name}", "(no yardstick)", math.nan, times["build"]),
+        ]
+    return rows
+
+
+def row(what: str, yardstick: str, slow: float, fast: float) -> dict:
+    return {"what": what, "yardstick": yardstick, "yardstick_s": slow, "ours_s": fast, "times_faster": slow / fast}
+
+
+def evaluation(compute: Compute, count: int, evaluations: int) -> list[dict]:
+    path = COMMITTED / "baseline.safetensors"
+    model = models.load_weights(models.resnet56(), path)
+    graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
+    images, ranking = random_images(count), legr.Ranking.norm_only(len(graph.layers))
+    data = Dataset("random", list("0123456789"), random_images(2000, seed=1), images, images, "random")
+    ours = {
+        kind: Fitness(model, graph, data, 0.47, FitnessSettings(kind=kind), compute)
+        for kind in ("loss", "recalibrated")
+    }
+    yardstick = "float32, NCHW, batch 128, network read and cut anew"
+    times = side_by_side(
+        {
+            "plain": lambda: plain_evaluation(path, graph, ranking, 0.47, images),
+            **{kind: lambda f=fitness: f(ranking) for kind, fitness in ours.items()},
+        },
+        3,
+    )
+    rows = [
+        row(f"one evaluation at 47%, {count:,} images, as cut", yardstick, times["plain"], times["loss"]),
+        row("the same, BatchNorm recalibrated first (1,500 images)", yardstick, times["plain"], times["recalibrated"]),
+    ]
+    settings = SearchSettings(population=max(2, evaluations // 2), evaluations=evaluations, sample=2)
+    searched = learn_ranking(model, graph, data, 0.47, settings, FitnessSettings(), compute)  # the candidates of both
+    start = time.perf_counter()
+    learn_ranking(model, graph, data, 0.47, settings, FitnessSettings(), compute)
+    ours_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    for candidate in searched.candidates:
+        plain_evaluation(path, graph, candidate, 0.47, images)
+    return [*rows, row(f"a search of {evaluations} evaluations", yardstick, time.perf_counter() - start, ours_seconds)]
+
+
+def training(compute: Compute, count: int) -> list[dict]:
+    images, rows = random_images(count), []
+    dense = models.load_weights(models.resnet56(), COMMITTED / "baseline.safetensors")
+    graph = legr.trace(dense, torch.zeros(1, 3, 32, 32))
+    kept = legr.select(
+        graph, legr.Ranking.load(COMMITTED / "ranking.json").scores(legr.filter_norms(dense, graph)), 0.47
+    )
+    recipe = Recipe(epochs=1, lr=1e-4)
+    for name in ("dense", "LeGR at 47%"):
+        slow, fast = (
+            legr.prune(dense, graph, kept)
+            if name != "dense"
+            else legr.prune(dense, graph, [torch.ones_like(k) for k in kept])
+            for _ in range(2)
+        )
+        functions = {
+            "plain": lambda m=slow: plain_training(m, images),
+            "legr": lambda m=fast: train(m, images.to(compute.device), recipe, compute, seed=0),
+        }
+        times = side_by_side(functions, 2)
+        rows.append(
+            row(f"training, {count:,} images, {name}", "float32, NCHW, no augmentation", times["plain"], times["legr"])
+        )
+    return rows
+
+
+def latency(compute: Compute, repetitions: int) -> pd.DataFrame:
+    """Latency of networks cut by the committed ranking, relative to the dense one."""
+    dense = models.load_weights(models.resnet56(), COMMITTED / "baseline.safetensors").eval()
+    graph = legr.trace(dense, torch.zeros(1, 3, 32, 32))
+    norms, ranking = legr.filter_norms(dense, graph), legr.Ranking.load(COMMITTED / "ranking.json")
+    networks, flops = {"dense": dense}, {"dense": graph.flops()}
+    for fraction in (0.7, 0.47, 0.3):
+        for method, kept in (
+            ("legr", legr.select(graph, ranking.scores(norms), fraction)),
+            ("uniform", legr.select_uniform(graph, norms, fraction)),
+        ):
+            networks[f"{method} {fraction}"], flops[f"{method} {fraction}"] = (
+                legr.prune(dense, graph, kept),
+                graph.flops(kept),
+            )
+    networks = {k: n.to(compute.device, memory_format=torch.channels_last) for k, n in networks.items()}
+    table = measure(networks, 32, (1, 128), compute, repetitions, 3)
+    first = table[table.network == "dense"].set_index("batch").latency_ms
+    return table.assign(
+        flops_ratio=[flops[n] / flops["dense"] for n in table.network],
+        latency_ratio=[ms / first[b] for ms, b in zip(table.latency_ms, table.batch, strict=True)],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the images: to see that it runs")
+    quick = parser.parse_args().quick
+    compute = Compute().resolve()
+    rows = selection()
+    rows += evaluation(compute, 500 if quick else 5000, 4 if quick else 8)
+    rows += training(compute, 512 if quick else 2560)
+    speed, times = pd.DataFrame(rows), latency(compute, 3 if quick else 30)
+    about = {
+        "device": compute.device,
+        "precision": compute.precision,
+        "threads": compute.threads,
+        "processor": platform.machine(),
+        "torch": torch.__version__.split("+")[0],
+        "images": "random",
+    }
+    with pd.option_context("display.width", 200, "display.max_colwidth", 60):
+        print(about, speed.round(4).to_string(index=False), times.round(3).to_string(index=False), sep="\n\n")
+    if not quick:
+        write_json(RESULTS / "about.json", about)
+        write_text(RESULTS / "speed.csv", speed.to_csv(index=False, float_format="%.5g"))
+        write_text(RESULTS / "latency.csv", times.to_csv(index=False, float_format="%.5g"))
+
+
+if __name__ == "__main__":
+    main()
