@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test install lint lab
+.PHONY: repro test install lint lab bench
 repro: install
 	dvc repro
 
@@ -13,6 +13,9 @@ test: install
 
 lint: install
 	ruff check . && ruff format --check .
+
+bench: install
+	python -m benchmarks
 
 lab: install
 	jupyter lab notebooks

@@ -1,6 +1,7 @@
 """python -m benchmarks: measure, print, and write results/benchmarks/. Images are random; speed does not see them."""
 
 import argparse
+import itertools
 import math
 import platform
 import statistics
@@ -15,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import legr
+from experiments.config import workspace
+from experiments.explorer import Controls, Instrument
 from experiments.latency import measure
 from legr import models
 from legr.data import Dataset, Images, normalize
@@ -196,12 +199,20 @@ def latency(compute: Compute, repetitions: int) -> pd.DataFrame:
     )
 
 
+def slider() -> list[dict]:
+    """One move of the explorer's slider on the committed result: cut, count, redraw."""
+    controls = Controls(Instrument(workspace("laptop", "cifar10-resnet56")))
+    fractions = itertools.cycle((0.7, 0.3, 0.6, 0.4, 0.5))
+    times = side_by_side({"move": lambda: setattr(controls.flops, "value", next(fractions))}, 20)
+    return [row("one move of the explorer's slider", "(no yardstick)", math.nan, times["move"])]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the images: to see that it runs")
     quick = parser.parse_args().quick
     compute = Compute().resolve()
-    rows = selection()
+    rows = selection() + slider()
     rows += evaluation(compute, 500 if quick else 5000, 4 if quick else 8)
     rows += training(compute, 512 if quick else 2560)
     speed, times = pd.DataFrame(rows), latency(compute, 3 if quick else 30)

@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 
 from experiments import datasets
-from experiments.config import Workspace, workspace
+from experiments.config import Workspace, code_digest, workspace
 from legr.errors import UserError
 from legr.files import write_text
 
@@ -60,11 +60,14 @@ def execute(name: str, space: Workspace, parameters: dict[str, str]) -> None:
 
     warnings.filterwarnings("ignore", module="papermill|nbclient|jupyter")
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    known = papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")
+    if wrong := [k for k in parameters if k not in known]:
+        raise UserError(f"--set names {wrong[0]!r}; notebook {name} has the parameters {', '.join(known)}")
     values = {"scale": space.scale, "experiment": space.name} | {k: _value(v) for k, v in parameters.items()}
     suffix = "".join(f"-{v}" for v in parameters.values())
     # DVC deletes outputs before a stage runs, so what an interrupted run resumes from lies elsewhere.
     state = space.root / ".state" / space.scale / space.name / (name + suffix)
-    os.environ["LEGR_STATE"] = str(state)
+    os.environ["LEGR_STATE"] = str(state / code_digest())
     # glibc hands large blocks back to the system at once, and a network takes the same ones in every step.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)} | os.environ
     with tempfile.TemporaryDirectory() as folder, _progress(Path(folder) / "progress"):

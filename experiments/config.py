@@ -7,18 +7,24 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+import legr
 from experiments.datasets import DataSettings
 from experiments.prediction import PredictionSettings
 from legr.errors import UserError
+from legr.files import digest
 from legr.fitness import FitnessSettings, Kind
 from legr.models import MODELS
 from legr.search import SearchSettings
 from legr.training import Compute, Recipe
 
+torch.backends.cudnn.deterministic = True  # without it a GPU may pick another kernel from run to run
+
 Target = Annotated[float, Field(gt=0, le=1)]
+RANKINGS = ("legr", "legr-tau0")  # learned rankings: each has a stage, files and a colour of its own
 
 
 class Section(BaseModel):
@@ -66,9 +72,19 @@ class Experiment(Section):
 class Plan(Section):
     """Which networks an experiment makes, at every scale."""
 
-    methods: tuple[str, ...]
+    learned: tuple[str, ...]  # methods with a learned ranking
+    plain: tuple[str, ...]  # methods without
     targets: tuple[Target, ...]
-    contrast: dict[str, tuple[Target, ...]] = {}  # further rankings, at these targets only
+    contrast: dict[str, tuple[Target, ...]] = {}  # further learned rankings, at these targets only
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return self.learned + self.plain
+
+
+def code_digest() -> str:
+    """Names the state of interrupted work by the library's code: other code must not go on with it."""
+    return digest([path.read_text(encoding="utf-8") for path in sorted(Path(legr.__file__).parent.glob("*.py"))])
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,7 @@ class Workspace:
     @property
     def state(self) -> Path:
         """Where interrupted work resumes from; the pipeline gives each stage its own and clears it at the end."""
-        return Path(os.environ.get("LEGR_STATE") or self.root / ".state" / "by-hand")
+        return Path(os.environ.get("LEGR_STATE") or self.root / ".state" / "by-hand" / code_digest())
 
     def ranking(self, method: str) -> Path:
         return self.results / f"ranking{method.removeprefix('legr')}.json"
@@ -169,6 +185,10 @@ def workspace(
     values = params[scale][experiment]
     for dotted, value in (overrides or {}).items():
         *path, last = dotted.split(".")
+        if path[:1] == ["data"]:
+            raise UserError(
+                f"overrides has {dotted!r}; images are prepared by the data stage: change params.yaml for them"
+            )
         section = values
         for key in path:
             section = section.setdefault(key, {})
@@ -177,10 +197,13 @@ def workspace(
     plan = _validated(Plan, plans.get(experiment, {}), f"experiments.{experiment}")
     if settings.model not in MODELS:
         raise UserError(f"{scale}.{experiment}.model is {settings.model!r}; it must be one of {', '.join(MODELS)}")
-    known = {"norm", "uniform", *settings.search.rankings}
-    for method in (*plan.methods, *plan.contrast):
-        if method not in known:
-            raise UserError(f"method is {method!r}; it must be one of {', '.join(sorted(known))}")
+    for allowed, methods in (
+        (RANKINGS, settings.search.rankings),
+        (settings.search.rankings, (*plan.learned, *plan.contrast)),
+        (("norm", "uniform"), plan.plain),
+    ):
+        if wrong := [method for method in methods if method not in allowed]:
+            raise UserError(f"method is {wrong[0]!r}; here it must be one of {', '.join(allowed)}")
     return Workspace(scale, experiment, settings, plan, root, root / (results or "results"))
 
 

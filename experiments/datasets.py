@@ -1,6 +1,7 @@
 """The data sets: scikit-learn's digits, CIFAR-10 by download, or a folder of images."""
 
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -111,8 +112,19 @@ def _cifar10_download(root: Path) -> tuple[list[str], Images, Images]:
             f"CIFAR-10 could not be downloaded into {root} ({error}); set data.folder in params.yaml "
             "or LEGR_CIFAR10 to a folder with train/<class>/ and test/<class>/"
         ) from None
-    parts = [Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits]
-    return list(splits[0].classes), parts[0], parts[1]
+    return list(splits[0].classes), *map(_in_folder_order, splits)
+
+
+def _in_folder_order(split: torchvision.datasets.CIFAR10) -> Images:
+    """Sorted by class and file name, as a folder of the same images is read: both give the same held-out part."""
+    names: list[str] = []
+    for file, _ in split.train_list if split.train else split.test_list:  # their hashes were checked
+        with open(Path(split.root) / split.base_folder / file, "rb") as stream:
+            names += pickle.load(stream, encoding="latin1")["filenames"]
+    order = sorted(range(len(names)), key=lambda i: (split.targets[i], names[i]))
+    return Images(
+        torch.from_numpy(split.data[order]).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)[order]
+    )
 
 
 def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
@@ -122,6 +134,8 @@ def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
     then torchvision's download into `downloads`.
     """
     folder = settings.folder or (os.environ.get("LEGR_CIFAR10") if settings.name == "cifar10" else None)
+    if settings.resolution != 32 and (settings.name == "digits" or (settings.name == "cifar10" and not folder)):
+        raise UserError(f"data.resolution is {settings.resolution}; {settings.name} has images of 32 by 32")
     if settings.name == "digits":
         classes, train, test = _digits()
     elif folder or settings.name == "folder":

@@ -101,9 +101,12 @@ class Instrument:
 
     def evaluate(self, cut: Cut) -> dict[str, float]:
         """Build the network and measure its test accuracy as cut and with BatchNorm recalibrated (reads the images)."""
-        settings = self.space.settings
+        settings, space = self.space.settings, self.space
+        if not space.images.exists():
+            stage = f"python -m experiments data --scale {space.scale} --experiment {space.name}"
+            raise UserError(f"data file {space.images.name} does not exist; make it with: {stage}")
         compute = settings.compute.resolve()
-        images = data.load(self.space.images).to(compute.device)
+        images = data.load(space.images).to(compute.device)
         small = legr.prune(self.model, self.graph, cut.kept).to(compute.device, memory_format=torch.channels_last)
         before = training.evaluate(small, images.test, compute)["accuracy"]
         picked = torch.randperm(len(images.fit), generator=torch.Generator().manual_seed(0))
@@ -239,9 +242,9 @@ class Controls:
             cut = self.instrument.cut(self.flops.value, self.ranking)
             learned = self.instrument.cut(self.flops.value)
         except UserError as error:
-            self.numbers.value = f"<b>{error}</b>"
+            self.numbers.value, self.button.disabled = f"<b>{error}</b>", True
             return
-        self.cut = cut
+        self.cut, self.button.disabled = cut, False
         changed = sum(a != b for a, b in zip(cut.widths, learned.widths, strict=True))
         title = f"{self.instrument.method} at {cut.flops / self.instrument.dense_flops:.1%} of the FLOPs"
         title += f" · {changed} layers differ from the learned ranking" if changed else ""

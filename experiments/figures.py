@@ -76,8 +76,9 @@ def _losses(ax: Axes, which: str, values: pd.Series) -> None:
     axis = getattr(ax, f"{which}axis")
     if max(values) > 5 * min(values) > 0:
         ax.set(**{f"{which}scale": "log"})
-        narrow = max(values) < 20 * min(values)
-        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 2, 5)))
+        span = max(values) / min(values)
+        steps = (1, 1.5, 2, 3, 5, 7) if span < 20 else (1, 2, 5) if span < 200 else (1,)
+        axis.set_major_locator(LogLocator(subs=steps))
         axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")
 

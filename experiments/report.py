@@ -16,8 +16,6 @@ from experiments.config import Workspace
 from legr.errors import UserError
 from legr.files import write_text
 
-# Chapters in reading order: the executed notebooks whose names begin so; folded ones are details.
-CHAPTERS = [("1_", False), ("2_", False), ("3_", True), ("4_", False), ("5_", False)]
 BODY = """
 {%- extends 'basic/index.html.j2' -%}
 {%- block input -%}
@@ -40,19 +38,25 @@ def build(spaces: list[Workspace], path: Path) -> None:
     )
     experiments = []
     for space in spaces:
-        executed = sorted((space.results / "notebooks").glob("*.ipynb"), key=lambda path: path.stem)
-        if not executed:
-            raise UserError(f"results folder {space.results} has no executed notebooks; run the pipeline (dvc repro)")
+        folder = space.results / "notebooks"
         chapters = [
-            {"id": f"{space.name}-{source.stem}", "folded": folded, **_chapter(exporter, source)}
-            for prefix, folded in CHAPTERS
-            for source in executed
-            if source.name.startswith(prefix)
+            {"id": f"{space.name}-{stem}", "folded": folded, **_chapter(exporter, folder / f"{stem}.ipynb")}
+            for stem, folded in _stems(space)
+            if (folder / f"{stem}.ipynb").exists()
         ]
+        if not chapters:
+            raise UserError(f"results folder {space.results} has no executed notebooks; run the pipeline (dvc repro)")
         experiments.append({"name": space.name, "facts": _facts(space), "chapters": chapters})
     template = files("experiments").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True).from_string(template).render(scale=spaces[0].scale, experiments=experiments)
     write_text(path, page)
+
+
+def _stems(space: Workspace) -> list[tuple[str, bool]]:
+    """The plan's executed notebooks in reading order, and whether each is a folded detail."""
+    rankings = [(f"2_ranking-{method}", False) for method in space.settings.search.rankings]
+    networks = [(f"3_prune-{method}-{target}", True) for method, target in space.networks]
+    return [("1_baseline", False), *rankings, *networks, ("4_fitness", False), ("5_compare", False)]
 
 
 def _chapter(exporter: HTMLExporter, source: Path) -> dict[str, str]:
@@ -89,12 +93,11 @@ def _facts(space: Workspace) -> dict[str, str]:
         f"{dense['test_images']:,} for testing",
         "network": settings.model,
         "seeds": f"baseline {seeds[0]}, search {seeds[1]}, fine-tuning {', '.join(map(str, settings.finetune.seeds))}",
-        "hardware": f"{dense['hardware']}; {dense['device']}, {dense['precision']}",
+        "hardware": f"{dense['hardware']}; {dense['device']}, {dense['threads']} threads, {dense['precision']}",
         "PyTorch": dense["torch"],
         "time": f"{dense['seconds']:,.0f} seconds for the dense network (wall time, pauses included); "
-        "the searches' times are in chapter 2",
-        "code": _commit(space.root),
-        "page made": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "the searches' times are in the chapters on the ranking",
+        "page made": f"{datetime.now(UTC):%Y-%m-%d} from {_commit(space.root)}",
     }
 
 

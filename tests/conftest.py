@@ -123,7 +123,7 @@ def dvc(folder, *arguments, check=True):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PATH": path})
     assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return result.stdout if check else result.stdout + result.stderr
 
 
 def change(folder, edit):
@@ -144,7 +144,7 @@ def done(tmp_path_factory):
         shutil.copy(PROJECT / name, folder / name)
 
     def shorten(params):
-        demo = params["demo"][NAME]
+        params["scale"], demo = "demo", params["demo"][NAME]
         params["experiments"][NAME] |= {"targets": [0.5], "contrast": {"legr-tau0": [0.5]}}
         demo["baseline"]["recipe"]["epochs"] = 2
         demo["search"]["algorithm"] = {"population": 4, "evaluations": 6, "sample": 2}

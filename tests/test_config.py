@@ -79,9 +79,22 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("name", "value", "message"), MISTAKES)
 def test_a_mistake_is_one_sentence_that_names_the_parameter(project, name, value, message):
+    def put(params):
+        *path, last = name.split(".")
+        section = params["demo"][NAME]
+        for key in path:
+            section = section.setdefault(key, {})
+        section[last] = value
+
+    spoilt(project, put)
     with pytest.raises(legr.UserError, match=message) as error:
-        workspace("demo", NAME, None, {name: value})
+        workspace("demo", NAME)
     assert "\n" not in str(error.value)
+
+
+def test_overrides_leave_the_prepared_images_alone(project):
+    with pytest.raises(legr.UserError, match=r"overrides has 'data\.holdout'"):
+        workspace("demo", NAME, None, {"data.holdout": 5})
 
 
 def spoilt(project, change):
@@ -93,7 +106,18 @@ def spoilt(project, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p["experiments"][NAME]["methods"].append("magnitude"), "method is 'magnitude'; it must be one of"),
+        (
+            lambda p: p["experiments"][NAME]["plain"].append("magnitude"),
+            "method is 'magnitude'; here it must be one of",
+        ),
+        (
+            lambda p: p["experiments"][NAME]["learned"].append("legr-tau9"),
+            "method is 'legr-tau9'; here it must be one of",
+        ),
+        (
+            lambda p: p["demo"][NAME]["search"]["rankings"].update({"legr-steps": "steps"}),
+            "method is 'legr-steps'; here it must be one of legr, legr-tau0",
+        ),
         (lambda p: p["experiments"][NAME]["targets"].append(47), r"targets\.3 is 47"),
         (lambda p: p["demo"][NAME].pop("search"), "search is missing"),
         (lambda p: p.pop("experiments"), "params.yaml can't be read"),
@@ -127,6 +151,10 @@ def cli(*arguments):
         (["6_dream", "--scale", "demo", "--experiment", NAME], "invalid choice: '6_dream'"),
         (["1_baseline", "--scale", "demo", "--experiment", NAME], "run the data stage"),
         (["3_prune", "--scale", "demo", "--experiment", NAME, "--set", "method"], "--set is 'method'"),
+        (
+            ["3_prune", "--scale", "demo", "--experiment", NAME, "--set", "metod=norm"],
+            "--set names 'metod'; notebook 3_prune has the parameters scale, experiment, results",
+        ),
     ],
 )
 def test_the_command_line_ends_with_one_sentence(project, arguments, message):

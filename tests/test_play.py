@@ -1,6 +1,9 @@
 """What a reader plays with: the explorer, a network of one's own, the movie, the one-page report."""
 
+from io import StringIO
+
 import nbformat
+import pandas as pd
 import pytest
 import torch
 from nbclient import NotebookClient
@@ -64,10 +67,13 @@ def test_the_controls_redraw_and_say_what_is_missing(instrument):
     controls.flops.value = 0.3
     assert controls.image.value != picture
     assert controls.numbers.value != numbers
-    controls.flops.value = 0.1
+    controls.flops.min = 0.01
+    controls.flops.value = 0.01
     assert "the lowest reachable fraction" in controls.numbers.value
+    assert controls.button.disabled
     controls.flops.value = 0.47
     assert controls.numbers.value == numbers
+    assert not controls.button.disabled
     bundle = controls._repr_mimebundle_()
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= bundle.keys()
 
@@ -84,7 +90,7 @@ def test_the_button_measures_or_says_what_it_needs(done, tmp_path):
             controls.button.click()
         finally:
             (tmp_path / "away").rename(images)
-    assert "run the data stage" in controls.result.value
+    assert "python -m experiments data --scale demo" in controls.result.value
 
 
 def test_the_explorer_runs_without_a_screen(done):
@@ -100,9 +106,14 @@ def test_your_model_leaves_a_set_of_networks(done, tmp_path):
     assert {p.name for p in tmp_path.glob("resnet18-0.3.*")} == {
         f"resnet18-0.3.{s}" for s in ("safetensors", "json", "onnx")
     }
-    tables = [o.data["text/plain"] for c in executed.cells for o in c.get("outputs", []) if "data" in o]
-    assert sum("largest difference" in table for table in tables) == 2
-    assert "100.0" in tables[-1]  # the ONNX networks give the same classes
+    tables = [
+        o.data["text/html"] for c in executed.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})
+    ]
+    reread, onnx = (pd.read_html(StringIO(t), index_col=0)[0] for t in tables if "largest difference" in t)
+    assert len(reread) == len(onnx) == 2
+    assert (reread["largest difference"] == 0).all()
+    assert (onnx["largest difference"] < 1e-3).all()
+    assert (onnx["same class (%)"] == 100).all()
 
 
 def test_the_movie_shows_the_search(done):

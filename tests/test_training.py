@@ -1,9 +1,12 @@
 """Data on the device, the recipes, resuming, recalibration."""
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import legr
@@ -152,6 +155,40 @@ def test_a_folder_is_read_whatever_its_size(tmp_path, monkeypatch):
     assert images.pixels.shape == (20, 3, 16, 16)
     assert len(test) == 20
     assert images.pixels[2, 0, 0, 0] == 20
+
+
+def test_a_download_gives_the_same_data_as_a_folder(tmp_path):
+    """Of the same images, whatever order the download's files have them in."""
+    from types import SimpleNamespace
+
+    from experiments import datasets
+
+    names, targets = ["b_2.png", "a_1.png", "c_7.png", "a_0.png"], [1, 0, 1, 0]
+    pixels = np.stack([np.full((32, 32, 3), 10 * i, np.uint8) for i in range(4)])
+    for name, target, image in zip(names, targets, pixels, strict=True):
+        (tmp_path / "in" / str(target)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "in" / str(target) / name.replace("png", "webp"), lossless=True)
+    (tmp_path / "batches").mkdir()
+    for part in (0, 2):
+        (tmp_path / "batches" / f"{part}").write_bytes(pickle.dumps({"filenames": names[part : part + 2]}))
+    listing = torchvision.datasets.ImageFolder(tmp_path / "in")
+    folder = datasets._decode(listing.samples, 32, tmp_path)
+    split = SimpleNamespace(
+        root=tmp_path,
+        base_folder="batches",
+        train=True,
+        train_list=[("0", ""), ("2", "")],
+        data=pixels,
+        targets=targets,
+    )
+    download = datasets._in_folder_order(split)
+    assert torch.equal(download.pixels, folder.pixels)
+    assert torch.equal(download.labels, folder.labels)
+
+
+def test_digits_come_in_one_size_only(tmp_path):
+    with pytest.raises(legr.UserError, match=r"data\.resolution is 24; digits has images of 32 by 32"):
+        prepare(DataSettings(name="digits", holdout=10, resolution=24), tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
