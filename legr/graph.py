@@ -324,7 +324,8 @@ class _Labeller:
 
     # Operations ---------------------------------------------------------------------------
     def joining(self, node: fx.Node) -> None:
-        sides = [self.of(node, x) for x in node.args[:2] if isinstance(x, fx.Node)]
+        given = (*node.args[:2], node.kwargs.get("input"), node.kwargs.get("other"))
+        sides = [self.of(node, x) for x in given if isinstance(x, fx.Node)]
         if len(sides) == 2:
             self.join(node, *sides)
         self.labels[node] = sides[0]

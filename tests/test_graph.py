@@ -48,6 +48,20 @@ def test_residual_stream_is_one_unit_per_channel(small):
     assert not set(units["blocks.0.conv1"]) & set(units["conv1"])
 
 
+def test_an_add_couples_however_it_is_written():
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+            self.linear = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.linear(torch.add(self.left(x), other=self.right(x)).mean((2, 3)))
+
+    graph = legr.trace(Adds(), torch.zeros(1, 3, 8, 8))
+    assert (graph.units[0] == graph.units[1]).all()
+
+
 def test_depthwise_convolution_is_coupled_with_the_expansion():
     graph = legr.trace(Inverted(), torch.zeros(1, 3, 32, 32))
     units = dict(zip([layer.name for layer in graph.layers], graph.units, strict=True))
