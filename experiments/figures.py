@@ -263,7 +263,7 @@ def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, capt
     """Each fitness against the accuracy after the same short fine-tuning: a point per ranking, deviation over seeds."""
     sources = {"legr": "candidates of the recalibrated search", "legr-tau0": "candidates of the τ = 0 search"}
     sources["norm"] = LABELS["norm"]
-    figure, axes = _figure(table, caption, len(FITNESS), 11, 4.2)
+    figure, axes = _figure(table, caption, len(FITNESS), 11, 4.6)
     for ax, (kind, label) in zip(axes[0], FITNESS.items(), strict=True):
         for source in [s for s in sources if s in set(table.source)]:
             part = table[table.source == source]
@@ -279,10 +279,12 @@ def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, capt
                 ms=6,
             )
         rho = correlations.set_index("fitness").spearman[kind]
-        ax.set(xlabel=label, title="Spearman ρ undefined" if pd.isna(rho) else f"Spearman ρ = {rho:.2f}")
+        ax.set(
+            xlabel=label, title="Spearman ρ undefined" if pd.isna(rho) else f"Spearman ρ = {rho:.2f}".replace("-", "−")
+        )
         _losses(ax, "x", table[kind])
     axes[0, 0].set_ylabel(f"test accuracy (%) after {steps} steps")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=10)
     return figure
 
 
