@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 import legr
 from experiments.datasets import DataSettings
@@ -25,6 +25,15 @@ torch.backends.cudnn.deterministic = True  # without it a GPU may pick another k
 
 Target = Annotated[float, Field(gt=0, le=1)]
 RANKINGS = ("legr", "legr-tau0")  # learned rankings: each has a stage, files and a colour of its own
+
+
+def _with_a_point(value: Any) -> Any:
+    if isinstance(value, int):
+        raise ValueError("files are named after it, so it must be written with a decimal point, such as 0.47 or 1.0")
+    return value
+
+
+PlannedTarget = Annotated[Target, BeforeValidator(_with_a_point)]
 
 
 class Section(BaseModel):
@@ -74,8 +83,8 @@ class Plan(Section):
 
     learned: tuple[str, ...]  # methods with a learned ranking
     plain: tuple[str, ...]  # methods without
-    targets: tuple[Target, ...]
-    contrast: dict[str, tuple[Target, ...]] = {}  # further learned rankings, at these targets only
+    targets: tuple[PlannedTarget, ...]
+    contrast: dict[str, tuple[PlannedTarget, ...]] = {}  # further learned rankings, at these targets only
 
     @property
     def methods(self) -> tuple[str, ...]:

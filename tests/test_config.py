@@ -119,6 +119,8 @@ def spoilt(project, change):
             "method is 'legr-steps'; here it must be one of legr, legr-tau0",
         ),
         (lambda p: p["experiments"][NAME]["targets"].append(47), r"targets\.3 is 47"),
+        (lambda p: p["experiments"][NAME]["targets"].append(47.0), r"targets\.3 is 47\.0.*less than or equal to 1"),
+        (lambda p: p["experiments"][NAME]["targets"].append(1), r"targets\.3 is 1; .*with a decimal point"),
         (lambda p: p["demo"][NAME].pop("search"), "search is missing"),
         (lambda p: p.pop("experiments"), "params.yaml can't be read"),
         (lambda p: p["demo"].pop(NAME), "experiment is 'cifar10-resnet56'"),
