@@ -14,8 +14,7 @@ from pathlib import Path
 
 import nbformat
 
-from experiments import datasets
-from experiments.config import Workspace, code_digest, workspace
+from experiments.places import Places, read_params
 from legr.errors import UserError
 from legr.files import write_text
 
@@ -31,28 +30,27 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the notebook")
     arguments = parser.parse_args()
     try:
-        spaces = [workspace(arguments.scale, experiment) for experiment in arguments.experiment]
-        if arguments.stage == "report":
-            from experiments import report
+        places = [read_params(arguments.scale, experiment)[2] for experiment in arguments.experiment]
+        if arguments.stage in ("data", "report"):
+            from experiments import datasets, report
+            from experiments.config import workspace
 
-            report.build(spaces, spaces[0].results.parent / "report.html")
+            spaces = [workspace(arguments.scale, experiment) for experiment in arguments.experiment]
+            if arguments.stage == "report":
+                report.build(spaces, spaces[0].results.parent / "report.html")
+            else:
+                for space in spaces:
+                    datasets.prepare(space.settings.data, space.downloads, space.images)
         else:
-            for space in spaces:
-                _run(arguments.stage, space, dict(_pair(text) for text in arguments.set))
+            for place in places:
+                execute(arguments.stage, place, dict(_pair(text) for text in arguments.set))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _run(stage: str, space: Workspace, parameters: dict[str, str]) -> None:
-    if stage == "data":
-        datasets.prepare(space.settings.data, space.root / "data" / "downloads", space.images)
-    else:
-        execute(stage, space, parameters)
-
-
-def execute(name: str, space: Workspace, parameters: dict[str, str]) -> None:
+def execute(name: str, space: Places, parameters: dict[str, str]) -> None:
     """Run a notebook with papermill; its executed copy appears only when it ran to the end."""
     import papermill
     from jupyter_client.manager import AsyncKernelManager
@@ -65,9 +63,8 @@ def execute(name: str, space: Workspace, parameters: dict[str, str]) -> None:
         raise UserError(f"--set names {wrong[0]!r}; notebook {name} has the parameters {', '.join(known)}")
     values = {"scale": space.scale, "experiment": space.name} | {k: _value(v) for k, v in parameters.items()}
     suffix = "".join(f"-{v}" for v in parameters.values())
-    # DVC deletes outputs before a stage runs, so what an interrupted run resumes from lies elsewhere.
-    state = space.root / ".state" / space.scale / space.name / (name + suffix)
-    os.environ["LEGR_STATE"] = str(state / code_digest())
+    state = space.stage_state(name + suffix)
+    os.environ["LEGR_STATE"] = str(state)
     # glibc hands large blocks back to the system at once, and a network takes the same ones in every step.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)} | os.environ
     with tempfile.TemporaryDirectory() as folder, _progress(Path(folder) / "progress"):
@@ -100,7 +97,7 @@ def execute(name: str, space: Workspace, parameters: dict[str, str]) -> None:
     _clean(notebook)
     write_text(space.results / "notebooks" / f"{name}{suffix}.ipynb", nbformat.writes(notebook) + "\n")
     if not os.environ.get("LEGR_KEEP_STATE"):
-        shutil.rmtree(state, ignore_errors=True)
+        shutil.rmtree(state.parent, ignore_errors=True)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -1,23 +1,28 @@
-"""params.yaml: what it may say, and where things lie."""
+"""params.yaml: what it may say."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
-import legr
 from experiments.datasets import DataSettings
+from experiments.places import Places, read_params
 from experiments.prediction import PredictionSettings
 from legr.errors import UserError
-from legr.files import digest
 from legr.fitness import FitnessSettings, Kind
-from legr.models import MODELS
+from legr.models import MODELS, SMALLEST_SIDE
 from legr.search import SearchSettings
 from legr.training import Compute, Recipe
 
@@ -41,9 +46,16 @@ class Section(BaseModel):
 
 
 class BaselineSettings(Section):
-    recipe: Recipe
+    weights: str | None = None  # "torchvision" or a file to start from; None: from random weights
+    recipe: Recipe | None = None  # None: `weights` as they are
     restart: Recipe | None = None  # trained on by this afterwards: a warm restart (Loshchilov & Hutter, ICLR 2017)
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _leads_to_a_network(self) -> "BaselineSettings":
+        if self.weights is None and self.recipe is None:
+            raise ValueError("it must have weights to start from, a recipe to train by, or both")
+        return self
 
 
 class RankingSettings(Section):
@@ -91,66 +103,12 @@ class Plan(Section):
         return self.learned + self.plain
 
 
-def code_digest() -> str:
-    """Names the state of interrupted work by the library's code: other code must not go on with it."""
-    return digest([path.read_text(encoding="utf-8") for path in sorted(Path(legr.__file__).parent.glob("*.py"))])
-
-
 @dataclass(frozen=True)
-class Workspace:
-    """One experiment's settings, and the place of everything that it reads and writes."""
+class Workspace(Places):
+    """An experiment's places, its settings, and which networks it makes."""
 
-    scale: str
-    name: str
     settings: Experiment
     plan: Plan
-    root: Path
-    results_root: Path
-
-    @property
-    def results(self) -> Path:
-        return self.results_root / self.scale / self.name
-
-    @property
-    def figures(self) -> Path:
-        return self.results / "figures"
-
-    @property
-    def baseline(self) -> Path:
-        """The dense network's weights; small enough for git, so that a clone has what all else starts from."""
-        return self.results / "baseline.safetensors"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Beside results/ as checkpoints/; within any other results folder."""
-        base = self.root if self.results_root == self.root / "results" else self.results_root
-        return base / "checkpoints" / self.scale / self.name
-
-    @property
-    def images(self) -> Path:
-        return self.root / "data" / self.scale / f"{self.name}.safetensors"
-
-    @property
-    def state(self) -> Path:
-        """Where interrupted work resumes from; the pipeline gives each stage its own and clears it at the end."""
-        return Path(os.environ.get("LEGR_STATE") or self.root / ".state" / "by-hand" / code_digest())
-
-    def ranking(self, method: str) -> Path:
-        return self.results / f"ranking{method.removeprefix('legr')}.json"
-
-    def search(self, method: str) -> Path:
-        return self.results / f"search{method.removeprefix('legr')}.csv"
-
-    def candidates(self, method: str) -> Path:
-        """Every (α, κ) that the search tried: tensors scale and shift [evaluations, layers]."""
-        return self.results / f"candidates{method.removeprefix('legr')}.safetensors"
-
-    def network(self, method: str, target: float) -> Path:
-        """The rows about one pruned network, one per seed."""
-        return self.results / "networks" / f"{method}-{target}.json"
-
-    def weights(self, method: str, target: float, seed: int) -> Path:
-        return self.checkpoints / f"{method}-{target}" / f"seed{seed}.safetensors"
 
     @property
     def networks(self) -> list[tuple[str, float]]:
@@ -163,13 +121,21 @@ class Workspace:
         """Which run a figure shows."""
         s, recipe = self.settings, self.settings.finetune.recipe
         seeds = ", ".join(map(str, s.finetune.seeds))
-        return f"{self.scale} scale · {s.data.name} · {s.model} · fine-tuned {recipe.epochs} epochs · seeds: {seeds}"
+        return f"{self.about} · fine-tuned {recipe.epochs} epochs · seeds: {seeds}"
+
+    @property
+    def about(self) -> str:
+        """Scale, data and network, for captions."""
+        data = self.settings.data
+        shown = f"{data.name}, {data.resolution}×{data.resolution}" if data.resolution != 32 else data.name
+        ten = " (10 ImageNet classes)" if data.name == "imagenette" else ""
+        return f"{self.scale} scale · {shown}{ten} · {self.settings.model}"
 
 
 def workspace(
     scale: str, experiment: str, results: str | None = None, overrides: dict[str, Any] | None = None
 ) -> Workspace:
-    """Read params.yaml, found here or in a folder above.
+    """Read params.yaml, found here or in a folder above, and check the experiment's settings.
 
     Args:
         scale: demo, laptop or paper.
@@ -177,21 +143,7 @@ def workspace(
         results: another folder for all outputs, relative to the project; None is `results`.
         overrides: settings to change, such as {"finetune.recipe.epochs": 2}.
     """
-    here = Path.cwd()
-    root = next((p for p in (here, *here.parents) if (p / "params.yaml").is_file()), None)
-    if root is None:
-        raise UserError(f"params.yaml was not found in {here} or a folder above it; run from inside the project")
-    try:
-        params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
-        plans = params.pop("experiments")
-        params.pop("scale", None)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"params.yaml can't be read: {' '.join(str(error).split())}") from None
-    if scale not in params:
-        raise UserError(f"scale is {scale!r}; it must be one of {', '.join(params)}")
-    if experiment not in params[scale]:
-        raise UserError(f"experiment is {experiment!r}; scale {scale} has {', '.join(params[scale])}")
-    values = params[scale][experiment]
+    values, planned, places = read_params(scale, experiment, results)
     for dotted, value in (overrides or {}).items():
         *path, last = dotted.split(".")
         if path[:1] == ["data"]:
@@ -203,9 +155,14 @@ def workspace(
             section = section.setdefault(key, {})
         section[last] = value
     settings = _validated(Experiment, values, f"{scale}.{experiment}")
-    plan = _validated(Plan, plans.get(experiment, {}), f"experiments.{experiment}")
+    plan = _validated(Plan, planned, f"experiments.{experiment}")
     if settings.model not in MODELS:
         raise UserError(f"{scale}.{experiment}.model is {settings.model!r}; it must be one of {', '.join(MODELS)}")
+    if settings.data.resolution < SMALLEST_SIDE[settings.model]:
+        raise UserError(
+            f"{scale}.{experiment}.data.resolution is {settings.data.resolution}; "
+            f"{settings.model} needs at least {SMALLEST_SIDE[settings.model]} pixels"
+        )
     for allowed, methods in (
         (RANKINGS, settings.search.rankings),
         (settings.search.rankings, (*plan.learned, *plan.contrast)),
@@ -213,7 +170,7 @@ def workspace(
     ):
         if wrong := [method for method in methods if method not in allowed]:
             raise UserError(f"method is {wrong[0]!r}; here it must be one of {', '.join(allowed)}")
-    return Workspace(scale, experiment, settings, plan, root, root / (results or "results"))
+    return Workspace(**vars(places), settings=settings, plan=plan)
 
 
 def _validated(kind: type[BaseModel], values: Any, where: str) -> Any:

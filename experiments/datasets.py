@@ -1,7 +1,8 @@
-"""The data sets: scikit-learn's digits, CIFAR-10 by download, or a folder of images."""
+"""The data sets: scikit-learn's digits, CIFAR-10 or Imagenette by download, ILSVRC2012, or a folder of images."""
 
 import os
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -14,19 +15,21 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch.nn import functional as F
 
 from experiments import progress
-from legr.data import Images, save
+from legr.data import Files, Images, cut, read_image, save
 from legr.errors import UserError
+from legr.models import imagenet_rows
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 class DataSettings(BaseModel):
-    """Which images an experiment uses; `folder` (or the environment) replaces the download."""
+    """Which images an experiment uses; `folder` (or LEGR_<NAME> in the environment) replaces the download."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["digits", "cifar10", "folder"]
+    name: Literal["digits", "cifar10", "imagenette", "imagenet", "folder"]
     resolution: PositiveInt = 32
+    stream: bool = False  # decode in every epoch instead of once into memory; "imagenet" always does
     holdout: PositiveInt  # training images kept from the baseline, on which the search judges
     folder: str | None = None  # has train/<class>/ and test/<class>/ (or val/<class>/)
     seed: NonNegativeInt = 0
@@ -56,8 +59,8 @@ def digits_folder(root: Path) -> Path:
     return root
 
 
-def _folder(root: Path, resolution: int) -> tuple[list[str], Images, Images]:
-    """An ImageFolder-style tree, decoded in parallel into memory."""
+def _folder(root: Path, resolution: int, stream: bool) -> tuple[list[str], Images | Files, Images | Files]:
+    """An ImageFolder-style tree: decoded in parallel into memory, or listed and checked to be streamed."""
     test = next((root / s for s in ("test", "val") if (root / s).is_dir()), root / "test")
     for needed in (root, root / "train", test):
         if not needed.is_dir():
@@ -71,37 +74,50 @@ def _folder(root: Path, resolution: int) -> tuple[list[str], Images, Images]:
             listing = torchvision.datasets.ImageFolder(split)
         except FileNotFoundError as error:
             raise UserError(f"data folder {split} is not usable: {str(error).splitlines()[0]}") from None
-        parts.append((listing.classes, _decode(listing.samples, resolution, split)))
+        parts.append((listing.classes, (_listed if stream else _decoded)(listing.samples, resolution, split)))
     if parts[0][0] != parts[1][0]:
         odd = sorted(set(parts[0][0]) ^ set(parts[1][0]))
         raise UserError(f"data folder {root} has classes in only one of its splits: {', '.join(odd[:5])}")
     return parts[0][0], parts[0][1], parts[1][1]
 
 
-def _decode(samples: list[tuple[str, int]], resolution: int, where: Path) -> Images:
-    def read(path: str) -> np.ndarray | str:
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-                if image.size != (resolution, resolution):
-                    image = image.resize((resolution, resolution), Image.Resampling.BILINEAR)
-                return np.asarray(image)
-        except (OSError, ValueError, Image.DecompressionBombError):
-            return path
+def _decoded(samples: list[tuple[str, int]], resolution: int, where: Path) -> Images:
+    pixels = torch.empty(len(samples), 3, resolution, resolution, dtype=torch.uint8)
 
-    pixels = np.empty((len(samples), resolution, resolution, 3), np.uint8)
-    broken = []
+    def read(i: int) -> None:
+        pixels[i] = cut(read_image(samples[i][0]), resolution)
+
+    _all(read, len(samples), where)
+    return Images(pixels, torch.tensor([label for _, label in samples], dtype=torch.int64))
+
+
+def _listed(samples: list[tuple[str, int]], resolution: int, where: Path) -> Files:
+    def check(i: int) -> None:
+        try:
+            with Image.open(samples[i][0]):
+                pass
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(str(error)) from None
+
+    _all(check, len(samples), where)
+    names = np.array([os.fsencode(os.path.relpath(path, where)) for path, _ in samples])
+    return Files(where.absolute(), names, torch.tensor([label for _, label in samples], dtype=torch.int64), resolution)
+
+
+def _all(check: Callable[[int], None], count: int, where: Path) -> None:
+    """Run `check` for every image in parallel, with a progress bar; then name and count those that fail."""
+
+    def failure(i: int) -> str | None:
+        try:
+            check(i)
+        except UserError as error:
+            return str(error)
+        return None
+
     with ThreadPoolExecutor() as pool:
-        paths = (path for path, _ in samples)
-        for i, image in enumerate(progress.bar(pool.map(read, paths), total=len(samples), desc=where.name)):
-            if isinstance(image, str):
-                broken.append(image)
-            else:
-                pixels[i] = image
-    if broken:
-        raise UserError(f"data folder {where} has {len(broken)} unreadable images, the first of them {broken[0]}")
-    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
-    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels)
+        failures = [f for f in progress.bar(pool.map(failure, range(count)), total=count, desc=where.name) if f]
+    if failures:
+        raise UserError(f"data folder {where} has {len(failures)} unreadable images, the first of them: {failures[0]}")
 
 
 def _cifar10_download(root: Path) -> tuple[list[str], Images, Images]:
@@ -127,30 +143,53 @@ def _in_folder_order(split: torchvision.datasets.CIFAR10) -> Images:
     )
 
 
+def _imagenette_download(root: Path) -> Path:
+    """torchvision's Imagenette, shorter side 160 pixels, checked by hash; returns its folder."""
+    try:
+        for split in ("train", "val"):
+            torchvision.datasets.Imagenette(root, split, "160px", download=True)
+    except Exception as error:
+        raise UserError(
+            f"Imagenette could not be downloaded into {root} ({error}); set data.folder in params.yaml "
+            "or LEGR_IMAGENETTE to a folder with train/<WordNet id>/ and val/<WordNet id>/"
+        ) from None
+    return root / "imagenette2-160"
+
+
 def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
     """Read the images once and write them as one safetensors file, whole or not at all.
 
-    A folder named in `settings` comes first, then the environment variable LEGR_CIFAR10,
-    then torchvision's download into `downloads`.
+    A folder named in `settings` comes first, then the environment variable LEGR_<NAME> (LEGR_CIFAR10,
+    LEGR_IMAGENETTE, LEGR_IMAGENET), then torchvision's download into `downloads`. Of images that are
+    streamed the file holds the names; the headers of all are checked.
     """
-    folder = settings.folder or (os.environ.get("LEGR_CIFAR10") if settings.name == "cifar10" else None)
-    if settings.resolution != 32 and (settings.name == "digits" or (settings.name == "cifar10" and not folder)):
-        raise UserError(f"data.resolution is {settings.resolution}; {settings.name} has images of 32 by 32")
-    if settings.name == "digits":
+    name = settings.name
+    folder = settings.folder
+    if not folder and name not in ("digits", "folder"):
+        folder = os.environ.get(f"LEGR_{name.upper()}")
+    if settings.resolution != 32 and (name == "digits" or (name == "cifar10" and not folder)):
+        raise UserError(f"data.resolution is {settings.resolution}; {name} has images of 32 by 32")
+    stream = settings.stream or name == "imagenet"
+    if not folder and name in ("folder", "imagenet"):
+        raise UserError(
+            f"data.folder is missing; data.name {name!r} needs it: train/<class>/ and test/<class>/ (or val/<class>/)"
+        )
+    if name == "digits":
         classes, train, test = _digits()
-    elif folder or settings.name == "folder":
-        if not folder:
-            raise UserError("data.folder is missing; data.name 'folder' needs it: train/<class>/ and test/<class>/")
-        classes, train, test = _folder(Path(folder).expanduser(), settings.resolution)
-    else:
+    elif name == "cifar10" and not folder:
         classes, train, test = _cifar10_download(downloads)
-    if settings.name == "cifar10" and classes != CIFAR10_CLASSES:
+    else:
+        root = Path(folder).expanduser() if folder else _imagenette_download(downloads)
+        classes, train, test = _folder(root, settings.resolution, stream)
+    if name == "cifar10" and classes != CIFAR10_CLASSES:
         raise UserError(
             f"data folder {folder} has classes {', '.join(classes)}; CIFAR-10 has {', '.join(CIFAR10_CLASSES)}"
         )
-    if settings.name == "cifar10" and (len(train), len(test)) != (50_000, 10_000):
+    if name == "cifar10" and (len(train), len(test)) != (50_000, 10_000):
         raise UserError(
             f"data folder {folder} has {len(train):,} training and {len(test):,} test images; "
             "CIFAR-10 has 50,000 and 10,000"
         )
-    save(path, settings.name, classes, train, test, settings.holdout, settings.seed)
+    if name in ("imagenette", "imagenet"):
+        imagenet_rows(classes)
+    save(path, name, classes, train, test, settings.holdout, settings.seed)

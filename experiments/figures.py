@@ -15,6 +15,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 from torch import Tensor
 
+from experiments.latency import KINDS
+from experiments.paper import Printed
 from legr.files import atomic, write_text
 from legr.graph import Graph
 from legr.ranking import Ranking
@@ -85,14 +87,19 @@ def _losses(ax: Axes, which: str, values: pd.Series) -> None:
 
 def training(history: pd.DataFrame, caption: str) -> Figure:
     """Accuracy and learning rate over epochs, from the rows of `training.train`."""
-    figure, axes = _figure(history.drop(columns="seconds"), caption, 2, 9, 3.6)
+    figure, axes = _figure(history.drop(columns="seconds", errors="ignore"), caption, 2, 9, 3.6)
     left, right = axes[0]
-    left.plot(history.epoch, 100 * history.train_accuracy, color="#7F7F7F", label="training images (augmented)")
-    if "val_accuracy" in history:
-        left.plot(history.epoch, 100 * history.val_accuracy, color=COLORS["dense"], label="held-out images")
+    marker = "o" if len(history) < 10 else None
+    for column, color, label in (
+        ("train_accuracy", "#7F7F7F", "training images (augmented)"),
+        ("val_accuracy", COLORS["dense"], "held-out images"),
+    ):
+        if column in history:
+            left.plot(history.epoch, 100 * history[column], color=color, label=label, marker=marker)
     left.set(xlabel="epoch", ylabel="accuracy (%)")
     left.legend()
-    right.plot(history.epoch, history.lr, color="#7F7F7F")
+    if "lr" in history:
+        right.plot(history.epoch, history.lr, color="#7F7F7F", marker=marker)
     right.set(xlabel="epoch", ylabel="learning rate")
     for ax in (left, right):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -208,18 +215,24 @@ def search_movie(
     return f'<img alt="the search, animated" src="data:image/gif;base64,{base64.b64encode(content).decode()}">'
 
 
-def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], paper: pd.DataFrame | None, caption: str) -> Figure:
-    """Accuracy over FLOPs: fine-tuned (left) and before fine-tuning (right); mean and range over seeds."""
+def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], printed: Printed, data: str, caption: str) -> Figure:
+    """Accuracy over FLOPs: fine-tuned (left) and before fine-tuning (middle); mean and range over seeds.
+
+    The paper's points are drawn with ours where its networks saw the same `data`, else in a panel of their
+    own; digits have neither.
+    """
+    together, apart = printed.comparable(data), data in ("imagenette", "folder")
     shown = table[["method", "target", "flops", "accuracy_before", "accuracy", "seed"]]
     points = [{"method": "dense", "target": 1.0, "flops": dense["flops"], "accuracy": dense["accuracy"]}]
-    if paper is not None:
+    if together or apart:
         points += [
             {"method": f"paper: {row.network}", "flops": 1e6 * row.mflops, "accuracy": row.accuracy_percent / 100}
-            for row in paper.itertuples()
+            for row in printed.table.itertuples()
         ]
-    figure, axes = _figure(pd.concat([shown, pd.DataFrame(points)]), caption, 2, 10, 4.8)
+    numbers = pd.concat([shown, pd.DataFrame(points)])
+    figure, axes = _figure(numbers, caption, 2 + apart, 10 + 4 * apart, 4.8)
     for ax, column, title in zip(
-        axes[0], ("accuracy", "accuracy_before"), ("after fine-tuning", "as cut, no fine-tuning"), strict=True
+        axes[0], ("accuracy", "accuracy_before"), ("after fine-tuning", "as cut, no fine-tuning"), strict=False
     ):
         for method in [m for m in LABELS if m in set(table.method)]:
             rows = (
@@ -234,29 +247,38 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], paper: pd.DataFram
             )  # fmt: skip
         ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], MARKERS["dense"], color=COLORS["dense"], label="dense")
         ax.set(xlabel="MFLOPs (multiply-accumulates, one image)", ylabel="test accuracy (%)", title=title)
-    if paper is not None:
-        axes[0, 0].plot(
-            paper.mflops,
-            paper.accuracy_percent,
-            MARKERS["paper"],
-            color=COLORS["paper"],
-            label="paper's Table 1",
-            ls="none",
-            mew=2,
+    if together:
+        _paper_points(axes[0, 0], printed)
+    if apart:
+        _paper_points(axes[0, 2], printed)
+        axes[0, 2].set(
+            xlabel="MFLOPs (multiply-accumulates, one image)",
+            ylabel="accuracy (%)",
+            title=f"paper, not comparable:\n{printed.protocol}",
         )
-        for row in paper.itertuples():
-            if row.network.startswith(("LeGR", "dense")):
-                axes[0, 0].annotate(
-                    f"{row.network} (paper)",
-                    (row.mflops, row.accuracy_percent),
-                    (4, 5),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color="#555555",
-                    ha="center" if "70%" in row.network else "right",
-                )
+        axes[0, 2].title.set_fontsize(11)
+        axes[0, 2].margins(0.2)
     axes[0, 0].legend(fontsize=8, loc="lower right")
     return figure
+
+
+def _paper_points(ax: Axes, printed: Printed) -> None:
+    table = printed.table
+    label = f"paper's {printed.source}"
+    ax.plot(
+        table.mflops, table.accuracy_percent, MARKERS["paper"], color=COLORS["paper"], label=label, ls="none", mew=2
+    )
+    for row in table.itertuples():
+        if row.network.startswith(("LeGR", "dense")) or printed.model == "mobilenet_v2":
+            ax.annotate(
+                f"{row.network} (paper)",
+                (row.mflops, row.accuracy_percent),
+                (4, 5),
+                textcoords="offset points",
+                fontsize=7,
+                color="#555555",
+                ha="center" if "70%" in row.network else "right",
+            )
 
 
 def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, caption: str) -> Figure:
@@ -314,4 +336,31 @@ def latency(table: pd.DataFrame, caption: str) -> Figure:
             ylim=(0, None),
         )
     axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def latency_parts(layers: pd.DataFrame, ratios: Mapping[str, float], batch: int, caption: str) -> Figure:
+    """Where the time goes: one bar a network, by kind of layer, over the dense network's time; a mark at its FLOPs.
+
+    Args:
+        layers: the rows of `latency.by_layer`.
+        ratios: FLOPs of each network over the dense network's, in the order of the bars.
+    """
+    parts = layers.groupby(["network", "kind"]).ms.sum().unstack(fill_value=0.0).reindex(list(ratios))
+    parts = parts[[kind for kind in KINDS if kind in parts]]
+    whole = parts.loc["dense"].sum()
+    figure, axes = _figure(
+        parts.assign(flops_ratio=pd.Series(ratios)).reset_index(), caption, 1, 9, 0.38 * len(parts) + 2
+    )
+    ax = axes[0, 0]
+    palette = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#332288", "#E69F00", "#F0E442", "#BBBBBB"), strict=True))
+    left = np.zeros(len(parts))
+    for kind in parts:
+        ax.barh(parts.index, parts[kind] / whole, left=left, color=palette[kind], label=kind, height=0.7)
+        left += (parts[kind] / whole).to_numpy()
+    ax.plot(list(ratios.values()), range(len(parts)), "|", color="#000000", ms=14, mew=2, label="FLOPs / dense")
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set(xlabel=f"time / dense, batch {batch} (dense: {whole:.1f} ms, timed layer by layer)")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
     return figure

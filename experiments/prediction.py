@@ -12,10 +12,11 @@ from torch import nn
 
 from legr.data import Dataset
 from legr.errors import UserError
-from legr.files import digest, tensors_digest, write_json
+from legr.files import digest, write_json
 from legr.fitness import Fitness, FitnessSettings, Kind
 from legr.graph import Graph
 from legr.ranking import Ranking
+from legr.state import tensors_digest
 from legr.training import Compute
 
 
@@ -53,7 +54,7 @@ def judge_all(
         model, graph, data, flops, settings.model_copy(update={"kind": "recalibrated"}), compute
     )
     shuffled = torch.randperm(len(data.fit), generator=torch.Generator().manual_seed(fitted.seed))
-    fitted.validation = data.fit[shuffled[-len(fitted.validation) :]].to(compute.device)  # its first ones recalibrate
+    fitted.validation = data.fit[shuffled[-len(fitted.validation) :]].load().to(compute.device)  # the first recalibrate
     longer = settings.model_copy(update={"kind": "steps", "steps": prediction.steps})
     outcomes = {seed: Fitness(model, graph, data, flops, longer, compute, seed) for seed in prediction.seeds}
     for outcome in outcomes.values():

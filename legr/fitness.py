@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import nn
 
-from legr.data import Dataset, Images
+from legr.data import Dataset, Files, Images
 from legr.graph import Graph
 from legr.ranking import Ranking, check_fraction, filter_norms, select
 from legr.surgery import prune
@@ -53,14 +53,12 @@ class Fitness:
         self.norms = filter_norms(self.model, self.graph)
         generator = torch.Generator().manual_seed(self.seed)
         shuffled = torch.randperm(len(self.data.fit), generator=generator)
-        self.training = (
-            self.data.fit
-            if self.settings.kind == "steps"
-            else self.data.fit[shuffled[: self.settings.recalibration_images]]
-        )
+        # What every candidate sees is decoded once; τ steps may take more images than fit in memory.
+        few = self.data.fit[shuffled[: self.settings.recalibration_images]]
+        self.training = self.data.fit if self.settings.kind == "steps" else few.load()
         self.training = self.training.to(self.compute.device)
         picked = torch.randperm(len(self.data.holdout), generator=generator)[: self.settings.validation_images]
-        self.validation = self.data.holdout[picked].to(self.compute.device)
+        self.validation = self.data.holdout[picked].load().to(self.compute.device)
 
     def network(self, ranking: Ranking) -> nn.Module:
         """The network that is judged: cut, then treated as the kind of fitness asks."""
@@ -76,7 +74,7 @@ class Fitness:
         return evaluate(self.network(ranking), self.validation, self.compute)
 
 
-def tune(model: nn.Module, images: Images, settings: FitnessSettings, compute: Compute, seed: int) -> None:
+def tune(model: nn.Module, images: Images | Files, settings: FitnessSettings, compute: Compute, seed: int) -> None:
     """`settings.steps` gradient steps at a constant learning rate, in place."""
     per_epoch = max(len(images) // settings.batch_size, 1)
     generator = torch.Generator().manual_seed(seed)

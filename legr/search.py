@@ -14,10 +14,11 @@ from torch import nn
 
 from legr.data import Dataset
 from legr.errors import UserError
-from legr.files import digest, tensors_digest, write_text
+from legr.files import digest, write_text
 from legr.fitness import Fitness, FitnessSettings
 from legr.graph import Graph
 from legr.ranking import Ranking, check_fraction, norm_deviations, random_ranking
+from legr.state import tensors_digest
 from legr.training import Compute
 
 MUTATED = 0.1  # share of the layers that a mutation draws, with replacement

@@ -11,9 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from torch import nn
 from torch.nn import functional as F
 
-from legr.data import Images, augmented_batches, batches
+from legr import distributed
+from legr.data import Files, Images, augmented_batches, batches
+from legr.depthwise import fast_backward
 from legr.errors import UserError
-from legr.files import digest, load_state, save_state, tensors_digest
+from legr.files import digest
+from legr.state import load_state, save_state, tensors_digest
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -25,6 +28,8 @@ class Recipe(BaseModel):
     `milestones` are reached (the paper: 0.3, 0.6, 0.8 with 0.2). `schedule: onecycle` rises linearly
     over the fraction `warmup`, then falls along a cosine to 0, step by step.
     `flip: false` is for images that mean something else mirrored, such as digits.
+    `crop` is "pad" (CIFAR-10's) or "resized" (ImageNet's, of at least `min_area` of the image), see
+    `data.augmented_batches`.
     `resolutions` is [[until, side], ...]: epochs before the fraction `until` see images shrunk to `side`.
     """
 
@@ -40,6 +45,8 @@ class Recipe(BaseModel):
     gamma: Fraction = 0.2
     warmup: Fraction = 0.2
     flip: bool = True
+    crop: Literal["pad", "resized"] = "pad"
+    min_area: Annotated[float, Field(gt=0, le=1)] = 0.08
     resolutions: tuple[tuple[Fraction, PositiveInt], ...] = ()
 
     def learning_rate(self, done: float) -> float:
@@ -95,21 +102,33 @@ class Compute(BaseModel):
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
-def evaluate(model: nn.Module, images: Images, compute: Compute, batch_size: int = 500) -> dict[str, float]:
-    """Cross-entropy `loss` and `accuracy` (a fraction) in eval mode; the model's mode is restored."""
+def evaluate(
+    model: nn.Module, images: Images | Files, compute: Compute, batch_size: int | None = None
+) -> dict[str, float]:
+    """Cross-entropy `loss` and `accuracy` (a fraction) in eval mode; the model's mode is restored.
+
+    Under torchrun each process takes its share of the images, and all get the result.
+    """
+    rank, world = distributed.share()
     was_training = model.training
     model.eval()
     loss, correct = 0.0, 0
     with torch.inference_mode(), compute.autocast():
-        for inputs, labels in batches(images, batch_size):
+        for inputs, labels in batches(images[rank::world], batch_size or _batch_size(images, 500)):
             logits = model(inputs).float()
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(1) == labels).sum().item()
     model.train(was_training)
+    loss, correct = distributed.total(torch.tensor([loss, correct], dtype=torch.float64, device=images.device)).tolist()
     return {"loss": loss / len(images), "accuracy": correct / len(images)}
 
 
-def recalibrate(model: nn.Module, images: Images, compute: Compute, batch_size: int = 250) -> None:
+def _batch_size(images: Images | Files, at_32: int) -> int:
+    """Feature maps of larger images take more memory: at 128 pixels a quarter as many as at 32."""
+    return max(at_32 * 32 // max(images.side, 32), 1)
+
+
+def recalibrate(model: nn.Module, images: Images | Files, compute: Compute, batch_size: int | None = None) -> None:
     """Re-estimate BatchNorm statistics as their average over `images`; weights are untouched."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
@@ -119,7 +138,7 @@ def recalibrate(model: nn.Module, images: Images, compute: Compute, batch_size: 
         norm.momentum = None  # a cumulative average
     model.train()
     with torch.inference_mode(), compute.autocast():
-        for inputs, _ in batches(images, batch_size):
+        for inputs, _ in batches(images, batch_size or _batch_size(images, 250)):
             model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -128,13 +147,13 @@ def recalibrate(model: nn.Module, images: Images, compute: Compute, batch_size: 
 
 def train(
     model: nn.Module,
-    images: Images,
+    images: Images | Files,
     recipe: Recipe,
     compute: Compute,
     *,
     seed: int,
     state_folder: str | Path | None = None,
-    validation: Images | None = None,
+    validation: Images | Files | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place; epoch e depends on (seed, e) alone, so a resumed run ends the same.
@@ -151,60 +170,75 @@ def train(
         One row per epoch: epoch, lr, train_loss, train_accuracy, seconds, and val_loss,
         val_accuracy where `validation` is given.
     """
+    rank, world = distributed.share()
+    distributed.check_batch_size(recipe.batch_size)
     model.to(compute.device, memory_format=torch.channels_last)
+    checkpoint = state = None
+    if state_folder is not None:
+        given = [tensors_digest(model.state_dict()), images.digest(), seed, validation is not None]
+        checkpoint = Path(state_folder) / f"train-{digest([*given, recipe.model_dump(), compute.identity()])}.pt"
+        state = distributed.from_first(lambda: load_state(checkpoint))
+    if state:
+        model.load_state_dict(state["model"])
+    network = distributed.replica(model)  # the model itself, unless torchrun started several processes
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        network.parameters(),
         lr=recipe.lr,
         momentum=recipe.momentum,
         nesterov=recipe.momentum > 0,
         weight_decay=recipe.weight_decay,
     )
-    rows: list[dict[str, Any]] = []
-    checkpoint = None
-    if state_folder is not None:
-        given = [tensors_digest(model.state_dict()), tensors_digest(vars(images)), seed, validation is not None]
-        checkpoint = Path(state_folder) / f"train-{digest([*given, recipe.model_dump(), compute.identity()])}.pt"
-    state = load_state(checkpoint) if checkpoint else None
     if state:
-        model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        rows = state["rows"]
+    rows: list[dict[str, Any]] = state["rows"] if state else []
     for epoch in range(len(rows), recipe.epochs):
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         steps = max(len(images) // recipe.batch_size, 1)
-        model.train()
+        network.train()
         loss_sum = torch.zeros((), device=compute.device)
         correct = torch.zeros((), dtype=torch.int64, device=compute.device)
-        epoch_batches = augmented_batches(images, recipe.batch_size, generator, recipe.resolution(epoch), recipe.flip)
-        for step, (inputs, labels) in enumerate(epoch_batches):
-            rate = recipe.learning_rate((epoch + step / steps) / recipe.epochs)
-            optimizer.param_groups[0]["lr"] = rate
-            with compute.autocast():
-                logits = model(inputs).float()
-                loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            loss_sum += loss.detach()
-            correct += (logits.argmax(1) == labels).sum()
+        epoch_batches = augmented_batches(
+            images,
+            recipe.batch_size,
+            generator,
+            recipe.resolution(epoch),
+            recipe.flip,
+            recipe.crop,
+            recipe.min_area,
+            (rank, world),
+        )
+        with fast_backward(network, compute.precision == "bfloat16"):
+            for step, (inputs, labels) in enumerate(epoch_batches):
+                rate = recipe.learning_rate((epoch + step / steps) / recipe.epochs)
+                optimizer.param_groups[0]["lr"] = rate
+                with compute.autocast():
+                    logits = network(inputs).float()
+                    loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                loss_sum += loss.detach()
+                correct += (logits.argmax(1) == labels).sum()
         seen = steps * min(recipe.batch_size, len(images))
         row = {
             "epoch": epoch + 1,
             "lr": rate,
-            "train_loss": loss_sum.item() / steps,
-            "train_accuracy": correct.item() / seen,
+            "train_loss": distributed.total(loss_sum).item() / steps / world,
+            "train_accuracy": distributed.total(correct).item() / seen,
         }
         if not torch.isfinite(loss_sum):
             raise UserError(
                 f"lr is {recipe.lr}; the loss became {row['train_loss']} in epoch {epoch + 1}, so it must be smaller"
             )
         row["seconds"] = time.perf_counter() - start
+        if network is not model:
+            model.load_state_dict(network.module.state_dict())
         if validation is not None:
             row |= {f"val_{k}": v for k, v in evaluate(model, validation, compute).items()}
         rows.append(row)
-        if checkpoint:
+        if checkpoint and rank == 0:
             save_state(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows})
-        if log:
+        if log and rank == 0:
             log(row)
     return pd.DataFrame(rows)

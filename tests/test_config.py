@@ -52,7 +52,7 @@ def test_overrides_change_one_setting(project):
 
 
 MISTAKES = [
-    ("data.name", "cifar11", r"data\.name is 'cifar11'.*'digits', 'cifar10' or 'folder'"),
+    ("data.name", "cifar11", r"data\.name is 'cifar11'.*'digits', 'cifar10', 'imagenette', 'imagenet' or 'folder'"),
     ("data.holdout", 0, r"data\.holdout is 0.*greater than 0"),
     ("data.holdut", 5, r"data\.holdut is not a known setting of demo\.cifar10-resnet56\.data; did you mean holdout\?$"),
     (
