@@ -246,19 +246,19 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], printed: Printed, 
                 color=COLORS[method], marker=MARKERS[method], label=LABELS[method], lw=2, ms=7, capsize=3,
             )  # fmt: skip
         ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], MARKERS["dense"], color=COLORS["dense"], label="dense")
-        ax.set(xlabel="MFLOPs (multiply-accumulates, one image)", ylabel="test accuracy (%)", title=title)
+        ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title)
     if together:
         _paper_points(axes[0, 0], printed)
     if apart:
         _paper_points(axes[0, 2], printed)
         axes[0, 2].set(
-            xlabel="MFLOPs (multiply-accumulates, one image)",
+            xlabel="MFLOPs (one image)",
             ylabel="accuracy (%)",
             title=f"paper, not comparable:\n{printed.protocol}",
         )
         axes[0, 2].title.set_fontsize(11)
-        axes[0, 2].margins(0.2)
-    axes[0, 0].legend(fontsize=8, loc="lower right")
+        axes[0, 2].margins(0.25)
+    axes[0, 0].legend(fontsize=8, loc="lower right" if together else "best")
     return figure
 
 
@@ -277,7 +277,7 @@ def _paper_points(ax: Axes, printed: Printed) -> None:
                 textcoords="offset points",
                 fontsize=7,
                 color="#555555",
-                ha="center" if "70%" in row.network else "right",
+                ha="center" if "70%" in row.network or printed.model == "mobilenet_v2" else "right",
             )
 
 

@@ -159,7 +159,7 @@ def alignment(
     """What uneven widths cost: each named convolution beside one whose widths are rounded up to `multiple`.
 
     Returns:
-        Columns module, widths, ms, rounded, rounded_ms.
+        Columns module, widths, ms, rounded, rounded_ms, arithmetic (of the rounded layer over its own).
     """
     shapes: dict[str, torch.Size] = {}
     modules = dict(network.named_modules())
@@ -194,5 +194,7 @@ def alignment(
                     samples.append(1000 * (time.perf_counter() - start))
             spent[label] = pd.Series(samples[3:]).median()
         row = {"module": name, "widths": f"{conv.in_channels} → {conv.out_channels}", "ms": spent["ms"]}
-        rows.append(row | {"rounded": f"{widths[0]} → {widths[1]}", "rounded_ms": spent["rounded_ms"]})
+        more = rounded.weight.numel() / conv.weight.numel()
+        row |= {"rounded": f"{widths[0]} → {widths[1]}", "rounded_ms": spent["rounded_ms"], "arithmetic": more}
+        rows.append(row)
     return pd.DataFrame(rows)

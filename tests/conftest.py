@@ -20,7 +20,7 @@ from legr.models import CifarResNet
 from legr.training import Compute
 
 PROJECT = Path(__file__).parent.parent
-NAME = "cifar10-resnet56"
+NAME, PHOTOS = "cifar10-resnet56", "imagenet-mobilenetv2"
 
 
 class Inverted(nn.Module):
@@ -144,14 +144,16 @@ def done(tmp_path_factory):
         shutil.copy(PROJECT / name, folder / name)
 
     def shorten(params):
-        params["scale"], demo = "demo", params["demo"][NAME]
-        params["experiments"][NAME] |= {"targets": [0.5], "contrast": {"legr-tau0": [0.5]}}
-        demo["baseline"]["recipe"]["epochs"] = 2
-        demo["search"]["algorithm"] = {"population": 4, "evaluations": 6, "sample": 2}
-        demo["search"]["fitness"] |= {"validation_images": 64, "recalibration_images": 64, "steps": 1}
-        demo["finetune"]["recipe"]["epochs"] = 1
-        demo["prediction"] = {"rankings": 5, "steps": 4}
-        demo["latency"] = {"batches": [1, 4], "repetitions": 2, "warmup": 1}
+        params["scale"] = "demo"
+        for name in (NAME, PHOTOS):
+            demo = params["demo"][name]
+            params["experiments"][name] |= {"targets": [0.5], "contrast": {"legr-tau0": [0.5]}}
+            demo["baseline"]["recipe"]["epochs"] = 2
+            demo["search"]["algorithm"] = {"population": 4, "evaluations": 6, "sample": 2}
+            demo["search"]["fitness"] |= {"validation_images": 64, "recalibration_images": 64, "steps": 1}
+            demo["finetune"]["recipe"]["epochs"] = 1
+            demo["prediction"] = {"rankings": 5, "steps": 4}
+            demo["latency"] = {"batches": [1, 4], "repetitions": 2, "warmup": 1}
 
     change(folder, shorten)
     dvc(folder, "init", "--no-scm", "--quiet")

@@ -70,7 +70,7 @@ MISTAKES = [
     ("baseline.recipe.schedule", "cosine", r"schedule is 'cosine'.*'step' or 'onecycle'"),
     ("search.flops", 1.5, r"search\.flops is 1\.5.*less than or equal to 1"),
     ("search.flops", 0, r"search\.flops is 0.*greater than 0"),
-    ("search.algorithm.evaluations", 3, r"evaluations is 3; it must be at least population \(16\)"),
+    ("search.algorithm.evaluations", 3, r"evaluations is 3; it must be at least population \(12\)"),
     ("search.rankings.legr", "magic", r"rankings\.legr is 'magic'.*'loss', 'recalibrated' or 'steps'"),
     ("finetune.seeds", [], r"finetune\.seeds is"),
     ("prediction.rankings", 1, r"prediction\.rankings is 1"),

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from tests.conftest import NAME, PROJECT, change, dvc
+from tests.conftest import NAME, PHOTOS, PROJECT, change, dvc
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 
@@ -22,8 +22,9 @@ def test_a_source_notebook_is_clean_and_has_parameters(path):
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
 
 
-def test_it_leaves_what_a_comparison_needs(done):
-    results = done / "results" / "demo" / NAME
+@pytest.mark.parametrize(("name", "layers"), [(NAME, 55), (PHOTOS, 52)])
+def test_it_leaves_what_a_comparison_needs(done, name, layers):
+    results = done / "results" / "demo" / name
     table = pd.read_csv(results / "tradeoff.csv")
     expected = {"method", "target", "flops", "flops_ratio", "params", "accuracy_before", "accuracy", "epochs"}
     assert expected | {"latency_ms", "seed"} <= set(table.columns)
@@ -31,8 +32,18 @@ def test_it_leaves_what_a_comparison_needs(done):
     assert (table.flops_ratio < table.target).all()
     search = pd.read_csv(results / "search.csv")
     assert list(search.columns) == ["evaluation", "loss", "accuracy", "best"]
-    assert len(json.loads((results / "ranking.json").read_text())["scale"]) == 55
-    for figure in ("training", "search", "search-tau0", "ranking", "widths", "prediction", "tradeoff", "latency"):
+    assert len(json.loads((results / "ranking.json").read_text())["scale"]) == layers
+    for figure in (
+        "training",
+        "search",
+        "search-tau0",
+        "ranking",
+        "widths",
+        "prediction",
+        "tradeoff",
+        "latency",
+        "latency-parts",
+    ):
         assert (results / "figures" / f"{figure}.png").stat().st_size > 5000
         assert (results / "figures" / f"{figure}.svg").stat().st_size > 5000
         assert len(pd.read_csv(results / "figures" / f"{figure}.csv")) > 1
@@ -41,7 +52,7 @@ def test_it_leaves_what_a_comparison_needs(done):
 
 def test_executed_notebooks_are_clean(done):
     paths = list((done / "results").rglob("*.ipynb"))
-    assert len(paths) == 10
+    assert len(paths) == 20
     for path in paths:
         notebook = nbformat.read(path, as_version=4)
         outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]

@@ -132,7 +132,7 @@ def test_the_report_is_whole(done):
     page = (done / "results" / "demo" / "report.html").read_text()
     for needed in ("<math", "data:image/png", "data:image/gif", "digits", "1 · The dense network"):
         assert needed in page
-    assert page.count('class="chapter"') == 4  # one folded chapter for each network
+    assert page.count('class="chapter"') == 8  # one folded chapter for each network of both experiments
     assert "To play" not in page
     for fetched in ("http://", "<script", 'src="https'):
         assert fetched not in page.replace("http://www.w3.org", "")

@@ -76,15 +76,15 @@ def test_the_papers_schedules():
 
 
 def test_crops_and_flips_are_shifted_copies_over_zero_padding():
-    pixels = torch.randint(1, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(1, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = data.Images(pixels, torch.arange(20))
-    ((batch, labels),) = data.augmented_batches(images, 20, torch.Generator().manual_seed(1), pad=2)
+    ((batch, labels),) = data.augmented_batches(images, 20, torch.Generator().manual_seed(1))  # an eighth of 16: 2
     assert sorted(labels.tolist()) == list(range(20))
     seen = set()
     for crop, label in zip(batch, labels, strict=True):
         padded = torch.nn.functional.pad(pixels[label], (2, 2, 2, 2))
         options = {
-            (y, x, flip): padded[:, y : y + 8, x : x + 8].flip(2) if flip else padded[:, y : y + 8, x : x + 8]
+            (y, x, flip): padded[:, y : y + 16, x : x + 16].flip(2) if flip else padded[:, y : y + 16, x : x + 16]
             for y in range(5)
             for x in range(5)
             for flip in (False, True)
@@ -150,7 +150,7 @@ def test_a_folder_is_read_whatever_its_size(tmp_path, monkeypatch):
     from experiments import datasets
 
     write_tree(tmp_path / "in", datasets.CIFAR10_CLASSES, 2, ("train", "val"))
-    classes, images, test = datasets._folder(tmp_path / "in", 16)
+    classes, images, test = datasets._folder(tmp_path / "in", 16, False)
     assert classes == datasets.CIFAR10_CLASSES
     assert images.pixels.shape == (20, 3, 16, 16)
     assert len(test) == 20
@@ -172,7 +172,7 @@ def test_a_download_gives_the_same_data_as_a_folder(tmp_path):
     for part in (0, 2):
         (tmp_path / "batches" / f"{part}").write_bytes(pickle.dumps({"filenames": names[part : part + 2]}))
     listing = torchvision.datasets.ImageFolder(tmp_path / "in")
-    folder = datasets._decode(listing.samples, 32, tmp_path)
+    folder = datasets._decoded(listing.samples, 32, tmp_path)
     split = SimpleNamespace(
         root=tmp_path,
         base_folder="batches",
