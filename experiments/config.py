@@ -47,6 +47,7 @@ class Section(BaseModel):
 
 class BaselineSettings(Section):
     weights: str | None = None  # "torchvision" or a file to start from; None: from random weights
+    rescale: bool = False  # bring the layers of `weights` to one scale first, see pretrained.rescale
     recipe: Recipe | None = None  # None: `weights` as they are
     restart: Recipe | None = None  # trained on by this afterwards: a warm restart (Loshchilov & Hutter, ICLR 2017)
     seed: NonNegativeInt = 0

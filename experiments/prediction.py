@@ -26,6 +26,7 @@ class PredictionSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     rankings: int = Field(24, ge=3)  # how many rankings
+    flops: Annotated[float, Field(gt=0, le=1)] | None = None  # of the networks, of the dense; None: the search's
     steps: PositiveInt = 200  # of fine-tuning, whose test accuracy a fitness should predict
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1,)  # of that fine-tuning; its mean counts
 
@@ -47,6 +48,7 @@ def judge_all(
     gradient steps, mean over seeds; deviation: its standard deviation over seeds}.
     Each measurement is kept in `state_folder`, so that interrupted work continues.
     """
+    settings = settings.model_copy(update={"also_at": ()})
     judges = {
         k: Fitness(model, graph, data, flops, settings.model_copy(update={"kind": k}), compute) for k in get_args(Kind)
     }

@@ -5,11 +5,12 @@ BatchNorm statistics on training images first. `steps` takes τ gradient steps f
 """
 
 import copy
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from torch import nn
 
 from legr.data import Dataset, Files, Images
@@ -33,11 +34,22 @@ class FitnessSettings(BaseModel):
     lr: PositiveFloat = 0.01  # for `steps`
     batch_size: PositiveInt = 128  # for `steps`
     flip: bool = True  # for `steps`: mirror half of the images
+    # For `recalibrated` and `steps`, further fractions of the dense FLOPs: the mean loss over all counts, see `Fitness`.
+    also_at: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+
+    def counts(self, flops: float) -> list[float]:
+        """All fractions of the dense FLOPs at which a ranking is judged, the largest first."""
+        return sorted({flops, *(self.also_at if self.kind != "loss" else ())}, reverse=True)
 
 
 @dataclass
 class Fitness:
-    """Judges rankings by the network that each cuts out of `model` at the fraction `flops`."""
+    """Judges rankings by the network that each cuts out of `model` at the fraction `flops`.
+
+    With `settings.also_at` by several networks of each ranking, from the largest down, and their mean
+    loss. There a loss above ln(classes), a guess's, counts as a guess, and so do all smaller networks,
+    untried: where a network guesses, how confidently it is wrong says nothing about the ranking.
+    """
 
     model: nn.Module
     graph: Graph
@@ -60,9 +72,9 @@ class Fitness:
         picked = torch.randperm(len(self.data.holdout), generator=generator)[: self.settings.validation_images]
         self.validation = self.data.holdout[picked].load().to(self.compute.device)
 
-    def network(self, ranking: Ranking) -> nn.Module:
-        """The network that is judged: cut, then treated as the kind of fitness asks."""
-        small = prune(self.model, self.graph, select(self.graph, ranking.scores(self.norms), self.flops))
+    def network(self, ranking: Ranking, flops: float | None = None) -> nn.Module:
+        """The network that is judged (at `self.flops`, or else `flops`): cut, then treated as the kind asks."""
+        small = prune(self.model, self.graph, select(self.graph, ranking.scores(self.norms), flops or self.flops))
         if self.settings.kind == "recalibrated":
             recalibrate(small, self.training, self.compute)
         elif self.settings.kind == "steps":
@@ -70,8 +82,18 @@ class Fitness:
         return small
 
     def __call__(self, ranking: Ranking) -> dict[str, float]:
-        """Validation `loss` and `accuracy` of `network(ranking)`."""
-        return evaluate(self.network(ranking), self.validation, self.compute)
+        """Validation `loss` and `accuracy` of `network(ranking)`; of several, the mean loss and the largest's accuracy."""
+        counts = self.settings.counts(self.flops)
+        results = [evaluate(self.network(ranking, counts[0]), self.validation, self.compute)]
+        if len(counts) == 1:
+            return results[0]
+        guess = math.log(len(self.data.classes))
+        for flops in counts[1:]:
+            if not results[-1]["loss"] < guess:
+                break
+            results.append(evaluate(self.network(ranking, flops), self.validation, self.compute))
+        losses = [r["loss"] if r["loss"] < guess else guess for r in results] + [guess] * (len(counts) - len(results))
+        return {"loss": sum(losses) / len(losses), "accuracy": results[0]["accuracy"]}
 
 
 def tune(model: nn.Module, images: Images | Files, settings: FitnessSettings, compute: Compute, seed: int) -> None:

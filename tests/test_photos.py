@@ -98,6 +98,25 @@ def test_a_streamed_set_trains_and_is_searched(both, compute):
     assert results[0] == results[1]
 
 
+def test_rescaling_brings_layers_to_one_scale_and_changes_no_output(compute):
+    from experiments.pretrained import rescale
+
+    model = models.build("mobilenet_v2", 3, 0).eval()
+    image = torch.randn(2, 3, 64, 64)
+    expected = model(image)
+    with torch.no_grad():  # as deployment tools leave it: each layer at a scale of its own
+        for factor, block in enumerate(model.features[1:-1], 2):
+            conv, norm = block.conv[-2], block.conv[-1]
+            conv.weight *= factor
+            norm.running_mean *= factor
+            norm.running_var.copy_((norm.running_var + norm.eps) * factor**2 - norm.eps)
+    rescale(model)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    medians = torch.stack([c.weight.flatten(1).norm(dim=1).median() for c in convolutions])
+    torch.testing.assert_close(medians, torch.ones(52))
+    torch.testing.assert_close(model(image), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_photographs_keep_their_proportions(tmp_path):
     wide = Image.new("RGB", (90, 30), "white")
     wide.paste("black", (30, 0, 60, 30))

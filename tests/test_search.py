@@ -1,5 +1,7 @@
 """Algorithm 1: what it draws, that it can be killed, and that it finds something."""
 
+import copy
+import math
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 import legr
 from legr.fitness import Fitness, FitnessSettings
 from legr.search import Evolution, SearchSettings, learn_ranking
+from legr.training import Recipe, train
 
 SHORT = SearchSettings(population=6, evaluations=15, sample=3)
 
@@ -138,6 +141,30 @@ def test_recalibration_changes_statistics_not_weights(small, digits, compute):
     assert all(torch.equal(weights["loss"][n], weights["recalibrated"][n]) for n in weights["loss"])
     assert not torch.equal(means["loss"], means["recalibrated"])
     assert not torch.equal(weights["loss"]["conv1.weight"], weights["steps"]["conv1.weight"])
+
+
+def test_a_ranking_is_judged_at_several_flop_counts(small, digits, compute, monkeypatch):
+    model, graph = small
+    model = copy.deepcopy(model)
+    train(model, digits.fit, Recipe(epochs=3, batch_size=32, lr=0.05, flip=False), compute, seed=0)
+    ranking, guess = legr.Ranking.norm_only(7), math.log(10)
+
+    def judge(flops, **settings):
+        settings = FitnessSettings(recalibration_images=64, validation_images=64, **settings)
+        return Fitness(model, graph, digits, flops, settings, compute)
+
+    single = [judge(f, kind="recalibrated")(ranking) for f in (0.95, 0.3)]
+    assert single[0]["loss"] < guess < single[1]["loss"]
+    both = judge(0.3, kind="recalibrated", also_at=(0.95,))(ranking)
+    assert both == {"loss": (single[0]["loss"] + guess) / 2, "accuracy": single[0]["accuracy"]}
+    assert judge(0.3, kind="loss", also_at=(0.95,))(ranking) == judge(0.3, kind="loss")(ranking)
+
+    lost = judge(0.3, kind="recalibrated", also_at=(0.95, 0.6))
+    torch.nn.init.constant_(lost.model.linear.bias[:1], 50)  # it says 0 to everything
+    tried, real = [], lost.network
+    monkeypatch.setattr(lost, "network", lambda r, flops: tried.append(flops) or real(r, flops))
+    assert lost(ranking)["loss"] == pytest.approx(guess)
+    assert tried == [0.95]  # smaller networks of a ranking that is lost already are not tried
 
 
 def test_killed_at_a_random_moment_it_ends_with_the_same_ranking(tmp_path):
