@@ -5,11 +5,10 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch.nn import functional as F
@@ -18,6 +17,9 @@ from experiments import progress
 from legr.data import Files, Images, cut, read_image, save
 from legr.errors import UserError
 from legr.models import imagenet_rows
+
+if TYPE_CHECKING:  # imported where it is used: it takes seconds, in every stage
+    from torchvision.datasets import CIFAR10
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -35,13 +37,13 @@ class DataSettings(BaseModel):
     seed: NonNegativeInt = 0
 
 
-def _digits() -> tuple[list[str], Images, Images]:
-    """scikit-learn's 1,797 handwritten digits, 8×8 grey enlarged to 32×32×3; every fifth is a test image."""
+def _digits(side: int = 32) -> tuple[list[str], Images, Images]:
+    """scikit-learn's 1,797 handwritten digits, 8×8 grey enlarged to side×side×3; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     grey = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
-    large = F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False)
+    large = F.interpolate(grey, size=(side, side), mode="bilinear", align_corners=False)
     pixels = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
     every = Images(pixels, torch.tensor(bunch.target, dtype=torch.int64))
     test = torch.arange(len(every)) % 5 == 0
@@ -61,6 +63,8 @@ def digits_folder(root: Path) -> Path:
 
 def _folder(root: Path, resolution: int, stream: bool) -> tuple[list[str], Images | Files, Images | Files]:
     """An ImageFolder-style tree: decoded in parallel into memory, or listed and checked to be streamed."""
+    from torchvision.datasets import ImageFolder
+
     test = next((root / s for s in ("test", "val") if (root / s).is_dir()), root / "test")
     for needed in (root, root / "train", test):
         if not needed.is_dir():
@@ -71,7 +75,7 @@ def _folder(root: Path, resolution: int, stream: bool) -> tuple[list[str], Image
     parts = []
     for split in (root / "train", test):
         try:
-            listing = torchvision.datasets.ImageFolder(split)
+            listing = ImageFolder(split)
         except FileNotFoundError as error:
             raise UserError(f"data folder {split} is not usable: {str(error).splitlines()[0]}") from None
         parts.append((listing.classes, (_listed if stream else _decoded)(listing.samples, resolution, split)))
@@ -121,8 +125,10 @@ def _all(check: Callable[[int], None], count: int, where: Path) -> None:
 
 
 def _cifar10_download(root: Path) -> tuple[list[str], Images, Images]:
+    from torchvision.datasets import CIFAR10
+
     try:
-        splits = [torchvision.datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
+        splits = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except Exception as error:
         raise UserError(
             f"CIFAR-10 could not be downloaded into {root} ({error}); set data.folder in params.yaml "
@@ -131,7 +137,7 @@ def _cifar10_download(root: Path) -> tuple[list[str], Images, Images]:
     return list(splits[0].classes), *map(_in_folder_order, splits)
 
 
-def _in_folder_order(split: torchvision.datasets.CIFAR10) -> Images:
+def _in_folder_order(split: "CIFAR10") -> Images:
     """Sorted by class and file name, as a folder of the same images is read: both give the same held-out part."""
     names: list[str] = []
     for file, _ in split.train_list if split.train else split.test_list:  # their hashes were checked
@@ -145,9 +151,11 @@ def _in_folder_order(split: torchvision.datasets.CIFAR10) -> Images:
 
 def _imagenette_download(root: Path) -> Path:
     """torchvision's Imagenette, shorter side 160 pixels, checked by hash; returns its folder."""
+    from torchvision.datasets import Imagenette
+
     try:
         for split in ("train", "val"):
-            torchvision.datasets.Imagenette(root, split, "160px", download=True)
+            Imagenette(root, split, "160px", download=True)
     except Exception as error:
         raise UserError(
             f"Imagenette could not be downloaded into {root} ({error}); set data.folder in params.yaml "
@@ -167,7 +175,7 @@ def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
     folder = settings.folder
     if not folder and name not in ("digits", "folder"):
         folder = os.environ.get(f"LEGR_{name.upper()}")
-    if settings.resolution != 32 and (name == "digits" or (name == "cifar10" and not folder)):
+    if settings.resolution != 32 and name == "cifar10" and not folder:
         raise UserError(f"data.resolution is {settings.resolution}; {name} has images of 32 by 32")
     stream = settings.stream or name == "imagenet"
     if not folder and name in ("folder", "imagenet"):
@@ -175,7 +183,7 @@ def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
             f"data.folder is missing; data.name {name!r} needs it: train/<class>/ and test/<class>/ (or val/<class>/)"
         )
     if name == "digits":
-        classes, train, test = _digits()
+        classes, train, test = _digits(settings.resolution)
     elif name == "cifar10" and not folder:
         classes, train, test = _cifar10_download(downloads)
     else:

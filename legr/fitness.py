@@ -34,7 +34,7 @@ class FitnessSettings(BaseModel):
     lr: PositiveFloat = 0.01  # for `steps`
     batch_size: PositiveInt = 128  # for `steps`
     flip: bool = True  # for `steps`: mirror half of the images
-    # For `recalibrated` and `steps`, further fractions of the dense FLOPs: the mean loss over all counts, see `Fitness`.
+    # For `recalibrated` and `steps`, further fractions of the dense FLOPs to judge at, see `Fitness`.
     also_at: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
 
     def counts(self, flops: float) -> list[float]:
@@ -82,7 +82,10 @@ class Fitness:
         return small
 
     def __call__(self, ranking: Ranking) -> dict[str, float]:
-        """Validation `loss` and `accuracy` of `network(ranking)`; of several, the mean loss and the largest's accuracy."""
+        """Validation `loss` and `accuracy` of `network(ranking)`.
+
+        Of several networks the mean loss, and the accuracy of the largest.
+        """
         counts = self.settings.counts(self.flops)
         results = [evaluate(self.network(ranking, counts[0]), self.validation, self.compute)]
         if len(counts) == 1:

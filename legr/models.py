@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,6 +75,8 @@ def resnet56(num_classes: int = 10) -> nn.Module:
 
 def mobilenet_v2(num_classes: int = 1000) -> nn.Module:
     """torchvision's MobileNetV2: 300,774,272 multiply-accumulates at 224×224, 1,000 classes."""
+    import torchvision  # here, because it takes seconds that only this network needs
+
     return torchvision.models.mobilenet_v2(weights=None, num_classes=num_classes)
 
 
@@ -131,6 +132,8 @@ def load_torchvision(model: nn.Module, name: str, folder: str | Path, rows: Sequ
 
     They are the first version (IMAGENET1K_V1; MobileNetV2: 71.9%), which the paper prunes.
     """
+    import torchvision
+
     try:
         url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
     except (KeyError, ValueError):

@@ -186,9 +186,12 @@ def test_a_download_gives_the_same_data_as_a_folder(tmp_path):
     assert torch.equal(download.labels, folder.labels)
 
 
-def test_digits_come_in_one_size_only(tmp_path):
-    with pytest.raises(legr.UserError, match=r"data\.resolution is 24; digits has images of 32 by 32"):
-        prepare(DataSettings(name="digits", holdout=10, resolution=24), tmp_path, tmp_path / "out")
+def test_digits_come_in_any_size_and_cifar10_in_its_own(tmp_path, monkeypatch):
+    prepare(DataSettings(name="digits", holdout=10, resolution=16), tmp_path, tmp_path / "out")
+    assert data.load(tmp_path / "out").test.side == 16
+    monkeypatch.delenv("LEGR_CIFAR10", raising=False)
+    with pytest.raises(legr.UserError, match=r"data\.resolution is 24; cifar10 has images of 32 by 32"):
+        prepare(DataSettings(name="cifar10", holdout=10, resolution=24), tmp_path, tmp_path / "no")
 
 
 @pytest.mark.parametrize(
