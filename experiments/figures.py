@@ -214,13 +214,15 @@ def search_movie(
 
 
 def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], printed: Printed, data: str, caption: str) -> Figure:
-    """Accuracy over FLOPs: fine-tuned (left) and before fine-tuning (middle); mean and range over seeds.
+    """Accuracy over FLOPs: fine-tuned (left) and before it, as cut and with BatchNorm recalibrated (middle).
+
+    Means and ranges over seeds.
 
     The paper's points are drawn with ours where its networks saw the same `data`, else in a panel of their
     own; digits have neither.
     """
     together, apart = printed.comparable(data), data in ("imagenette", "folder")
-    shown = table[["method", "target", "flops", "accuracy_before", "accuracy", "seed"]]
+    shown = table[["method", "target", "flops", "accuracy_before", "accuracy_recalibrated", "accuracy", "seed"]]
     points = [{"method": "dense", "target": 1.0, "flops": dense["flops"], "accuracy": dense["accuracy"]}]
     if together or apart:
         points += [
@@ -229,9 +231,9 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], printed: Printed, 
         ]
     numbers = pd.concat([shown, pd.DataFrame(points)])
     figure, axes = _figure(numbers, caption, 2 + apart, 10 + 4 * apart, 4.8)
-    for ax, column, title in zip(
-        axes[0], ("accuracy", "accuracy_before"), ("after fine-tuning", "as cut, no fine-tuning"), strict=False
-    ):
+    before = {"-": ("accuracy_before", "as cut"), ":": ("accuracy_recalibrated", "BatchNorm recalibrated")}
+    lines = [(axes[0, 0], "accuracy", "-"), *((axes[0, 1], column, line) for line, (column, _) in before.items())]
+    for ax, column, line in lines:
         for method in [m for m in LABELS if m in set(table.method)]:
             rows = (
                 table[table.method == method]
@@ -240,9 +242,10 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], printed: Printed, 
             )
             rows = rows.assign(below=rows["mean"] - rows.low, above=rows.high - rows["mean"]).sort_values("flops")
             ax.errorbar(
-                rows.flops / 1e6, 100 * rows["mean"], 100 * rows[["below", "above"]].to_numpy().T,
+                rows.flops / 1e6, 100 * rows["mean"], 100 * rows[["below", "above"]].to_numpy().T, ls=line,
                 color=COLORS[method], marker=MARKERS[method], label=LABELS[method], lw=2, ms=7, capsize=3,
             )  # fmt: skip
+    for ax, title in zip(axes[0], ("after fine-tuning", "before fine-tuning"), strict=False):
         ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], MARKERS["dense"], color=COLORS["dense"], label="dense")
         ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title)
     if together:
@@ -257,6 +260,10 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], printed: Printed, 
         axes[0, 2].title.set_fontsize(11)
         axes[0, 2].margins(0.25)
     axes[0, 0].legend(fontsize=8, loc="lower right" if together else "best")
+    keys = [
+        plt.Line2D([], [], ls=line, lw=2, color=COLORS["paper"], label=label) for line, (_, label) in before.items()
+    ]
+    axes[0, 1].legend(handles=keys, fontsize=8)
     return figure
 
 
