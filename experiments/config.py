@@ -59,10 +59,18 @@ class BaselineSettings(Section):
         return self
 
 
+class Restart(SearchSettings):
+    also_at: tuple[Target, ...] = ()  # replaces the fitness's
+
+
+class Algorithm(SearchSettings):
+    restart: Restart | None = None  # where `also_at` counts: searched on by this from the ranking found
+
+
 class RankingSettings(Section):
     flops: Target  # the fraction at which candidates are judged
     rankings: dict[str, Kind]  # a method's name: its fitness
-    algorithm: SearchSettings = SearchSettings()
+    algorithm: Algorithm = Algorithm()
     fitness: FitnessSettings = FitnessSettings()
 
 

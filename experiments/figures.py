@@ -104,12 +104,21 @@ def training(history: pd.DataFrame, caption: str) -> Figure:
     return figure
 
 
-def search(history: pd.DataFrame, method: str, population: int, caption: str) -> Figure:
-    """Every candidate's loss and the best so far over evaluations; norm-only is marked."""
+def search(history: pd.DataFrame, method: str, population: int, caption: str, restart: int | None = None) -> Figure:
+    """Every candidate's loss and the best so far over evaluations; norm-only is marked.
+
+    Args:
+        restart: after how many evaluations the search went on with another yardstick.
+    """
     figure, axes = _figure(history[["evaluation", "loss", "best"]], caption)
     ax = axes[0, 0]
     ax.scatter(history.evaluation, history.loss, s=10, color=COLORS[method], alpha=0.4, label="candidate", linewidths=0)
-    ax.plot(history.evaluation, history.best, color=COLORS[method], lw=2, label="best so far")
+    for part, label in ((history[:restart], "best so far"), (history[restart or len(history) :], None)):
+        ax.plot(part.evaluation, part.best, color=COLORS[method], lw=2, label=label)
+    if restart:
+        ax.axvline(
+            restart + 0.5, color=COLORS["paper"], ls=":", lw=1.5, label="searched on, judged at more FLOP counts"
+        )
     norm = history.loss[population - 1]
     ax.axhline(norm, color=COLORS["norm"], ls="--", lw=1.2, label=f"norm-only ({norm:.2f})")
     ax.axvspan(0.5, population + 0.5, color="#000000", alpha=0.05, lw=0)
@@ -160,7 +169,13 @@ def widths(graph: Graph, kept: Mapping[str, Sequence[Tensor]], caption: str) -> 
 
 
 def search_movie(
-    graph: Graph, tried: Sequence[Sequence[int]], history: pd.DataFrame, method: str, path: str | Path, frames: int = 80
+    graph: Graph,
+    tried: Sequence[Sequence[int]],
+    history: pd.DataFrame,
+    method: str,
+    path: str | Path,
+    frames: int = 80,
+    restart: int = 0,
 ) -> str:
     """The search as a GIF: widths of the candidate on trial over those of the best so far, and its loss.
 
@@ -169,6 +184,7 @@ def search_movie(
         history: the rows of the search, one for each of `tried`.
         path: without its suffix.
         frames: at most so many evaluations are shown, evenly chosen, the last one included.
+        restart: after how many evaluations the search went on with another yardstick.
 
     Returns:
         An HTML image element that holds the GIF.
@@ -192,7 +208,8 @@ def search_movie(
     figure.set_layout_engine("none")  # the layout is settled; solving it again for every frame is slow
 
     def draw(i: int) -> None:
-        row, best = history.iloc[i], int(history.loss[: i + 1].argmin())
+        first = restart if i >= restart else 0
+        row, best = history.iloc[i], first + int(history.loss[first : i + 1].argmin())
         now.set_ydata(tried[i])
         dot.set_data([row.evaluation], [row.loss])
         for bar, width in zip(best_bars, tried[best], strict=True):

@@ -48,8 +48,8 @@ class Evolution:
     search asks for the same candidates as an undisturbed one.
     """
 
-    def __init__(self, norms: list, settings: SearchSettings):
-        self.settings = settings
+    def __init__(self, norms: list, settings: SearchSettings, start: Ranking | None = None):
+        self.settings, self.start = settings, start
         self.norms, self.deviations = norms, norm_deviations(norms)
         self.generator = np.random.default_rng(settings.seed)
         self.population: list[tuple[float, Ranking]] = []  # oldest first
@@ -66,15 +66,22 @@ class Evolution:
         return self.candidates[int(np.argmin([row["loss"] for row in self.history]))]
 
     def ask(self) -> Ranking:
-        """The next candidate: random at first (the P-th is norm-only), then a mutant of a tournament's winner."""
+        """The next candidate: random at first (the P-th is norm-only), then a mutant of a tournament's winner.
+
+        With `start` the first is that, and those that would be random are its mutants.
+        """
         i, population = len(self.history), self.settings.population
-        if i < population - 1:
-            return random_ranking(self.norms, self.generator)
         if i == population - 1:
             return Ranking.norm_only(len(self.norms))
+        if i < population:
+            if self.start is None:
+                return random_ranking(self.norms, self.generator)
+            return self._mutant(self.start) if i else self.start
         drawn = self.generator.integers(0, population, self.settings.sample)
-        _, parent = min((self.population[d] for d in drawn), key=lambda member: member[0])
-        step = 1 - i / (1.25 * self.settings.evaluations)
+        return self._mutant(min((self.population[d] for d in drawn), key=lambda member: member[0])[1])
+
+    def _mutant(self, parent: Ranking) -> Ranking:
+        step = 1 - len(self.history) / (1.25 * self.settings.evaluations)
         scale, shift = np.array(parent.scale), np.array(parent.shift)
         for layer in self.generator.integers(0, len(scale), max(1, round(MUTATED * len(scale)))):
             scale[layer] *= np.exp(self.generator.normal(0, step))
@@ -131,6 +138,7 @@ def learn_ranking(
     compute: Compute | None = None,
     state_folder: str | Path | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
+    start: Ranking | None = None,
 ) -> SearchResult:
     """Learn α and κ by Algorithm 1, judging candidates at the lowest FLOP count of interest.
 
@@ -140,12 +148,13 @@ def learn_ranking(
         state_folder: where the state is written after every evaluation, under a name made of
             everything that the result depends on; a search found there is continued.
         log: called with every evaluation's row of `history`.
+        start: a ranking to search on from; None starts with random ones, as the paper does.
     """
     settings, fitness = settings or SearchSettings(), fitness or FitnessSettings()
     compute = (compute or Compute()).resolve()
     check_fraction("flops", flops)
     judge = Fitness(model, graph, data, flops, fitness, compute, settings.seed)
-    evolution = Evolution(judge.norms, settings)
+    evolution = Evolution(judge.norms, settings, start)
     path = None
     if state_folder is not None:
         depends = [
@@ -154,6 +163,7 @@ def learn_ranking(
             flops,
             settings.model_dump(),
             fitness.model_dump(),
+            [start.scale, start.shift] if start else None,
         ]
         path = Path(state_folder) / f"search-{digest([*depends, compute.identity()])}.json"
         if path.exists():

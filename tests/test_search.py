@@ -143,6 +143,17 @@ def test_recalibration_changes_statistics_not_weights(small, digits, compute):
     assert not torch.equal(weights["loss"]["conv1.weight"], weights["steps"]["conv1.weight"])
 
 
+def test_a_search_goes_on_from_a_ranking(norms):
+    start = legr.Ranking(tuple(range(1, 31)), (0.5,) * 30)
+    evolution = Evolution(norms, SearchSettings(population=6, evaluations=15, sample=3), start)
+    asked = run(evolution)
+    assert asked[0] == start
+    for mutant in asked[1:5]:
+        assert 1 <= sum(a != b for a, b in zip(mutant.scale, start.scale, strict=True)) <= 3
+    assert asked[5] == legr.Ranking.norm_only(30)
+    assert len(set(asked)) == 15
+
+
 def test_a_ranking_is_judged_at_several_flop_counts(small, digits, compute, monkeypatch):
     model, graph = small
     model = copy.deepcopy(model)
