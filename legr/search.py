@@ -163,7 +163,7 @@ def learn_ranking(
             flops,
             settings.model_dump(),
             fitness.model_dump(),
-            [start.scale, start.shift] if start else None,
+            *([[start.scale, start.shift]] if start else []),
         ]
         path = Path(state_folder) / f"search-{digest([*depends, compute.identity()])}.json"
         if path.exists():
