@@ -46,8 +46,9 @@ FITTED = "loss, BatchNorm recalibrated, on images that the dense network was tra
 # matplotlib's copy of seaborn's style: importing seaborn itself takes seconds, in every stage.
 plt.style.use(["seaborn-v0_8-whitegrid", "seaborn-v0_8-notebook"])
 plt.rcParams |= {
-    "font.sans-serif": ["DejaVu Sans"], "font.size": 13.8, "axes.labelsize": 13.8, "axes.titlesize": 13.8, "xtick.labelsize": 12.65,
-    "ytick.labelsize": 12.65, "legend.fontsize": 12.65,  # readable at half width
+    "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it, and it has every sign used
+    "font.size": 13.8, "axes.labelsize": 13.8, "axes.titlesize": 13.8,  # readable at half width
+    "xtick.labelsize": 12.65, "ytick.labelsize": 12.65, "legend.fontsize": 12.65,
     "figure.dpi": 100, "savefig.dpi": 200, "figure.constrained_layout.use": True, "svg.hashsalt": "legr",
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "white",
 }  # fmt: skip
