@@ -68,14 +68,14 @@ def _figure(data: pd.DataFrame, caption: str, columns: int = 1, width: float = 7
     """Axes [rows, columns] on a figure that carries the numbers it shows (`.data`) and says which run they are of."""
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
     figure.data = data
-    figure.supxlabel("\n".join(wrap(caption, 15 * width)), fontsize=9, color="#555555")
+    figure.supxlabel("\n".join(wrap(caption, 14 * width)), fontsize=9, color="#555555")
     return figure, axes
 
 
 def _losses(ax: Axes, which: str, values: pd.Series) -> None:
     """Scale an axis ("x" or "y") of positive values: logarithmic where they span a wide range; plain numbers."""
     axis = getattr(ax, f"{which}axis")
-    if max(values) > 5 * min(values) > 0:
+    if max(values) > 4 * min(values) > 0:
         ax.set(**{f"{which}scale": "log"})
         span = max(values) / min(values)
         steps = (1, 1.5, 2, 3, 5, 7) if span < 20 else (1, 2, 5) if span < 200 else (1,)
@@ -117,9 +117,7 @@ def search(history: pd.DataFrame, method: str, population: int, caption: str, re
     for part, label in ((history[:restart], "best so far"), (history[restart or len(history) :], None)):
         ax.plot(part.evaluation, part.best, color=COLORS[method], lw=2, label=label)
     if restart:
-        ax.axvline(
-            restart + 0.5, color=COLORS["paper"], ls=":", lw=1.5, label="searched on, judged at more FLOP counts"
-        )
+        ax.axvline(restart + 0.5, color=COLORS["paper"], ls=":", lw=1.5, label="searched on, at more FLOP counts")
     norm = history.loss[population - 1]
     ax.axhline(norm, color=COLORS["norm"], ls="--", lw=1.2, label=f"norm-only ({norm:.2f})")
     ax.axvspan(0.5, population + 0.5, color="#000000", alpha=0.05, lw=0)
@@ -129,7 +127,26 @@ def search(history: pd.DataFrame, method: str, population: int, caption: str, re
         xlim=(0.5, len(history) + 0.5),
     )
     _losses(ax, "y", history.loss)
-    ax.legend()
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2 if restart else 3)  # points are everywhere inside
+    return figure
+
+
+def search_times(curves: pd.DataFrame, caption: str) -> Figure:
+    """The best loss so far over the time that each procedure has searched; one thin line per seed.
+
+    Args:
+        curves: columns procedure, seed, seconds, best.
+    """
+    figure, axes = _figure(curves, caption, 1, 8, 4.6)
+    colors = ["#7F7F7F", *[COLORS[m] for m in ("legr", "norm", "uniform", "legr-tau0")]]
+    for color, (procedure, part) in zip(colors, curves.groupby("procedure", sort=False), strict=False):
+        for number, (_, line) in enumerate(part.groupby("seed")):
+            label = procedure if number == 0 else None
+            axes[0, 0].step(line.seconds, line.best, where="post", color=color, lw=1.6, alpha=0.8, label=label)
+    _losses(axes[0, 0], "y", curves.best)
+    axes[0, 0].set(xlabel="seconds since the search began", ylabel="best loss so far", xscale="log")
+    axes[0, 0].xaxis.set_major_formatter("{x:g}")
+    axes[0, 0].legend()
     return figure
 
 
