@@ -38,7 +38,7 @@ def test_every_committed_result_was_made_by_the_pipeline():
     assert made <= recorded().keys()
 
 
-@pytest.mark.parametrize(("name", "epochs"), [(NAME, 5), (PHOTOS, 2)])
+@pytest.mark.parametrize(("name", "epochs"), [(NAME, 5), (PHOTOS, 5)])
 def test_all_networks_of_the_plan_are_there(name, epochs):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(PROJECT)
