@@ -18,11 +18,11 @@ from torch.nn import functional as F
 import legr
 from experiments.config import workspace
 from experiments.explorer import Controls, Instrument
-from experiments.latency import measure
 from legr import models
 from legr.data import Dataset, Images, normalize
 from legr.files import write_json, write_text
 from legr.fitness import Fitness, FitnessSettings
+from legr.latency import measure
 from legr.ranking import MAX_PRUNED, MIN_WIDTH
 from legr.search import SearchSettings, learn_ranking
 from legr.training import Compute, Recipe, train

@@ -1,4 +1,4 @@
-"""Wall-clock time of a forward pass, measured side by side."""
+"""Where the time of a forward pass goes, layer by layer."""
 
 import copy
 import time
@@ -9,43 +9,6 @@ import torch
 from torch import nn
 
 from legr.training import Compute
-
-
-def measure(
-    networks: Mapping[str, nn.Module],
-    side: int,
-    batches: tuple[int, ...],
-    compute: Compute,
-    repetitions: int = 20,
-    warmup: int = 3,
-) -> pd.DataFrame:
-    """Median latency of each network on random images [batch, 3, side, side].
-
-    Networks take turns within each repetition, so that a change in the machine's load meets all.
-
-    Returns:
-        Columns network, batch, latency_ms (median), latency_iqr_ms (interquartile range).
-    """
-    rows = []
-    for batch in batches:
-        inputs = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-        inputs = inputs.to(compute.device, memory_format=torch.channels_last)
-        times: dict[str, list[float]] = {name: [] for name in networks}
-        with torch.inference_mode(), compute.autocast():
-            for repetition in range(warmup + repetitions):
-                for name, network in networks.items():
-                    network.eval()
-                    start = time.perf_counter()
-                    network(inputs)
-                    if compute.device.startswith("cuda"):
-                        torch.cuda.synchronize()
-                    if repetition >= warmup:
-                        times[name].append(1000 * (time.perf_counter() - start))
-        for name, values in times.items():
-            q = pd.Series(values).quantile([0.25, 0.5, 0.75]).tolist()
-            rows.append({"network": name, "batch": batch, "latency_ms": q[1], "latency_iqr_ms": q[2] - q[0]})
-    return pd.DataFrame(rows)
-
 
 KINDS = ("1×1 convolution", "depthwise convolution", "other convolution", "BatchNorm", "activation", "rest")
 

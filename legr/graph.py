@@ -9,7 +9,7 @@ can't be pruned. Nothing here knows an architecture.
 import copy
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -58,6 +58,8 @@ class Operation:
     inputs: Labels
     outputs: Labels
     flops_per_pair: int = 0  # multiply-accumulates for one input channel and one output channel
+    params_per_pair: int = 0
+    params_per_output: int = 0
 
 
 @dataclass
@@ -80,10 +82,13 @@ class Graph:
         self.unit_count = len(number)
         self.units = [np.array([number.get(x, -1) for x in f.tolist()], np.int64) for f in self.filters]
 
-        # FLOPs are a sum of products of channel counts. Units that count alike form one space.
+        # FLOPs and parameters are sums of products of channel counts. Units that count alike form one space.
         self._unit_of_label = number
-        sides = [(self._units_of(o.inputs), self._units_of(o.outputs)) for o in self.operations if o.flops_per_pair]
-        self._flops_per_pair = np.array([o.flops_per_pair for o in self.operations if o.flops_per_pair], np.int64)
+        counted = [o for o in self.operations if o.module is not None]
+        sides = [(self._units_of(o.inputs), self._units_of(o.outputs)) for o in counted]
+        self._flops_per_pair = np.array([o.flops_per_pair for o in counted], np.int64)
+        self._params_per_pair = np.array([o.params_per_pair for o in counted], np.int64)
+        self._params_per_output = np.array([o.params_per_output for o in counted], np.int64)
         columns = [np.bincount(u[u >= 0], minlength=self.unit_count) for pair in sides for u in pair]
         columns += [np.bincount(u[u >= 0], minlength=self.unit_count) for u in self.units]
         table = np.stack(columns, 1) if columns else np.zeros((self.unit_count, 0), np.int64)
@@ -100,6 +105,12 @@ class Graph:
         """FLOPs when counts[s] units are kept in space s."""
         channels = self._always + counts @ self._channels
         return int((self._flops_per_pair * channels[0::2] * channels[1::2]).sum())
+
+    def params_of_counts(self, counts: np.ndarray) -> int:
+        """Parameters when counts[s] units are kept in space s."""
+        channels = self._always + counts @ self._channels
+        inputs, outputs = channels[0::2], channels[1::2]
+        return int((self._params_per_pair * inputs * outputs + self._params_per_output * outputs).sum())
 
     def kept_units(self, kept: Sequence[Tensor] | None) -> np.ndarray:
         """Per-layer masks as one mask over units; UserError if they are not a selection of this network."""
@@ -128,6 +139,10 @@ class Graph:
     def flops(self, kept: Sequence[Tensor] | None = None) -> int:
         """Multiply-accumulates of one image's forward pass: convolutions and linear layers."""
         return self.flops_of_counts(np.bincount(self.space[self.kept_units(kept)], minlength=len(self.per_space)))
+
+    def params(self, kept: Sequence[Tensor] | None = None) -> int:
+        """Weights and biases of convolutions, BatchNorm and linear layers."""
+        return self.params_of_counts(np.bincount(self.space[self.kept_units(kept)], minlength=len(self.per_space)))
 
     @property
     def widths(self) -> list[int]:
@@ -200,10 +215,7 @@ class _Labeller:
             visit: Callable[[fx.Node], None] = getattr(self, node.op)
             visit(node)
         resolve = np.array([self.find(x) for x in range(len(self.parent))])
-        done = [
-            Operation(o.node, o.module, resolve[o.inputs], resolve[o.outputs], o.flops_per_pair)
-            for o in self.operations
-        ]
+        done = [replace(o, inputs=resolve[o.inputs], outputs=resolve[o.outputs]) for o in self.operations]
         convs = [o for o in done if isinstance(self.modules.get(o.module or ""), nn.Conv2d)]
         layers = [o for o in convs if (o.outputs != FIXED).any()]
         return Graph(
@@ -268,19 +280,20 @@ class _Labeller:
                     np.full(module.out_channels, FIXED),
                     np.full(module.in_channels // module.groups, FIXED),
                 )
-            self.operations.append(Operation(node.name, name, pairs, outputs, area))
+            bias = int(module.bias is not None)
+            self.operations.append(Operation(node.name, name, pairs, outputs, area, prod(module.kernel_size), bias))
             self.labels[node] = outputs
         elif isinstance(module, nn.Linear):
             if len(self.shape(node)) != 2:
                 raise self.refused(node, "a linear layer must follow a flatten")
             outputs = np.full(module.out_features, FIXED)
-            self.operations.append(Operation(node.name, name, inputs, outputs, 1))
+            self.operations.append(Operation(node.name, name, inputs, outputs, 1, 1, int(module.bias is not None)))
             self.labels[node] = outputs
         elif isinstance(module, nn.Flatten):
             self.flatten(node, module.start_dim)
         elif isinstance(module, CHANNELWISE_MODULES):
             if isinstance(module, nn.BatchNorm2d):
-                self.operations.append(Operation(node.name, name, inputs, inputs))
+                self.operations.append(Operation(node.name, name, inputs, inputs, 0, 0, 2 * int(module.affine)))
             self.labels[node] = inputs
         else:
             raise self.refused(node, "the module type is not supported")

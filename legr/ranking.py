@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,16 @@ def check_fraction(name: str, value: float) -> None:
         raise UserError(f"{name} is {value}; it must be a fraction of the dense network's, above 0 and at most 1")
 
 
-def select(graph: Graph, scores: Sequence[Tensor], flops: float) -> list[Tensor]:
+def select(
+    graph: Graph,
+    scores: Sequence[Tensor],
+    flops: float | None = None,
+    *,
+    params: float | None = None,
+    latency: float | None = None,
+    measure: Callable[[list[Tensor]], float] | None = None,
+    round_to: int = 1,
+) -> list[Tensor]:
     """LeGR-Pruning (Fig. 2): drop units from the lowest score up until FLOPs first fall below the target.
 
     A unit's score is the sum of its filters' importances. Units of a layer that has reached its
@@ -91,6 +101,12 @@ def select(graph: Graph, scores: Sequence[Tensor], flops: float) -> list[Tensor]
     Args:
         scores: one tensor [width] per layer, as `Ranking.scores` gives.
         flops: target as a fraction of the dense network's, in (0, 1].
+        params: a target for the parameters instead.
+        latency: a target for the latency instead, as `measure` gives it.
+        measure: the latency of the network with these masks, as a fraction of the dense network's; such as
+            `latency.against_dense` makes. It is asked about ten times.
+        round_to: units that are dropped alike stay in multiples of this many (or all): those on the way to the
+            next multiple are kept. Processors compute channels by the vector, filled or not.
 
     Returns:
         One bool tensor [width] per layer, True for filters that stay.
@@ -98,7 +114,7 @@ def select(graph: Graph, scores: Sequence[Tensor], flops: float) -> list[Tensor]
     Raises:
         UserError: if the floors make the target unreachable; says the lowest reachable fraction.
     """
-    check_fraction("flops", flops)
+    budget = _Budget.of(graph, flops, params, latency, measure)
     check_per_layer(graph, scores, "scores")
     importance = np.zeros(graph.unit_count)
     for units, score in zip(graph.units, scores, strict=True):
@@ -106,50 +122,108 @@ def select(graph: Graph, scores: Sequence[Tensor], flops: float) -> list[Tensor]
         np.add.at(importance, units[free], score.detach().cpu().double().numpy()[free])
     if not np.isfinite(importance).all():
         raise UserError("scores have a value that is not a finite number")
-    return _drop_until(graph, np.argsort(importance, kind="stable"), flops)
+    return _drop_until(graph, np.argsort(importance, kind="stable"), budget, round_to)
 
 
-def _drop_until(graph: Graph, order: np.ndarray, flops: float) -> list[Tensor]:
-    """Drop units in `order`, as far as the floors allow, until FLOPs first fall below the target."""
+@dataclass(frozen=True)
+class _Budget:
+    """What a network may cost: less than `fraction` of `dense`; `cost` takes units kept in each space, and masks."""
+
+    name: str
+    fraction: float
+    dense: float
+    cost: Callable[[np.ndarray, Callable[[], list[Tensor]]], float]
+
+    @classmethod
+    def of(cls, graph: Graph, flops: Any, params: Any, latency: Any, measure: Any) -> "_Budget":
+        given = {k: v for k, v in {"flops": flops, "params": params, "latency": latency}.items() if v is not None}
+        if len(given) != 1:
+            raise UserError(f"{', '.join(given) or 'none'} of flops, params and latency is given; it must be just one")
+        ((name, fraction),) = given.items()
+        check_fraction(name, fraction)
+        if (latency is None) != (measure is None):
+            raise UserError("latency and measure belong together: a target, and what tells a network's latency")
+        if name == "latency":
+            return cls(name, fraction, 1.0, lambda _counts, masks: measure(masks()))
+        if name == "params":
+            return cls(name, fraction, graph.params(), lambda counts, _masks: graph.params_of_counts(counts))
+        return cls(name, fraction, graph.flops(), lambda counts, _masks: graph.flops_of_counts(counts))
+
+
+def _drop_until(graph: Graph, order: np.ndarray, budget: _Budget, round_to: int) -> list[Tensor]:
+    """Drop units in `order`, as far as the floors allow, until the cost first falls below the budget."""
+    if not (isinstance(round_to, int) and round_to >= 1):
+        raise UserError(f"round_to is {round_to}; it must be a whole number, at least 1")
     room = [min(math.floor(MAX_PRUNED * n), n - MIN_WIDTH) for n in graph.widths]
-    cost = [[(layer, int(n)) for layer, n in enumerate(row) if n] for row in graph.per_space]
+    needs_of = [[(layer, int(n)) for layer, n in enumerate(row) if n] for row in graph.per_space]
     space = graph.space.tolist()
     droppable = []
     for unit in order.tolist():
-        needs = cost[space[unit]]
+        needs = needs_of[space[unit]]
         if all(room[layer] >= n for layer, n in needs):
             for layer, n in needs:
                 room[layer] -= n
             droppable.append(unit)
     total = np.bincount(graph.space, minlength=len(graph.per_space))
     dropped_spaces = graph.space[droppable]
+    place = _place_within(dropped_spaces)
 
-    def flops_after(count: int) -> int:
-        return graph.flops_of_counts(total - np.bincount(dropped_spaces[:count], minlength=len(total)))
+    def counts_after(count: int) -> np.ndarray:
+        kept = total - np.bincount(dropped_spaces[:count], minlength=len(total))
+        return np.minimum(-(-kept // round_to) * round_to, total)
 
-    # FLOPs only fall as units go, so the first count below the target is found by bisection.
-    dense = graph.flops()
-    if flops < 1 and flops_after(len(droppable)) >= flops * dense:
-        lowest = min(math.ceil(1000 * flops_after(len(droppable)) / dense + 1e-9) / 1000, 1.0)
-        raise UserError(f"flops is {flops}; the lowest reachable fraction of this network is {lowest}")
-    low, high = 0, len(droppable) if flops < 1 else 0
+    def masks_after(count: int) -> list[Tensor]:
+        gone = (total - counts_after(count))[dropped_spaces[:count]]
+        kept = np.ones(graph.unit_count, bool)
+        kept[np.array(droppable, np.int64)[:count][place[:count] < gone]] = False
+        return graph.masks(kept)
+
+    def cost_after(count: int) -> float:
+        return budget.cost(counts_after(count), lambda: masks_after(count))
+
+    # The cost only falls as units go, so the first count below the budget is found by bisection.
+    if budget.fraction == 1:
+        return masks_after(0)
+    limit = budget.fraction * budget.dense
+    if (lowest := cost_after(len(droppable))) >= limit:
+        lowest = min(math.ceil(1000 * lowest / budget.dense + 1e-9) / 1000, 1.0)
+        raise UserError(
+            f"{budget.name} is {budget.fraction}; the lowest reachable fraction of this network is {lowest}"
+        )
+    low, high = 0, len(droppable)
     while low < high:
         middle = (low + high) // 2
-        if flops_after(middle) < flops * dense:
+        if cost_after(middle) < limit:
             high = middle
         else:
             low = middle + 1
-    kept = np.ones(graph.unit_count, bool)
-    kept[droppable[:low]] = False
-    return graph.masks(kept)
+    return masks_after(low)
 
 
-def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float) -> list[Tensor]:
+def _place_within(groups: np.ndarray) -> np.ndarray:
+    """How many before it are of the same group: int [n]."""
+    order = np.argsort(groups, kind="stable")
+    sizes = np.bincount(groups)
+    place = np.empty(len(groups), np.int64)
+    place[order] = np.arange(len(groups)) - (np.cumsum(sizes) - sizes)[groups[order]]
+    return place
+
+
+def select_uniform(
+    graph: Graph,
+    norms: Sequence[Tensor],
+    flops: float | None = None,
+    *,
+    params: float | None = None,
+    latency: float | None = None,
+    measure: Callable[[list[Tensor]], float] | None = None,
+    round_to: int = 1,
+) -> list[Tensor]:
     """The uniform baseline: every layer loses the same fraction, its smallest-norm units first.
 
     Arguments, result and errors are those of `select`; `norms` are those of `filter_norms`.
     """
-    check_fraction("flops", flops)
+    budget = _Budget.of(graph, flops, params, latency, measure)
     check_per_layer(graph, norms, "norms")
     norm = np.zeros(graph.unit_count)
     for units, value in zip(graph.units, norms, strict=True):
@@ -157,11 +231,9 @@ def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float) -> list[
         np.add.at(norm, units[free], value.detach().cpu().double().numpy()[free])
     # Rank within each space as a fraction of its size: dropping by it thins all layers alike.
     order = np.lexsort((norm, graph.space))
-    sizes = np.bincount(graph.space)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     fraction = np.empty(graph.unit_count)
-    fraction[order] = (np.arange(graph.unit_count) - starts[graph.space[order]] + 0.5) / sizes[graph.space[order]]
-    return _drop_until(graph, np.argsort(fraction, kind="stable"), flops)
+    fraction[order] = (_place_within(graph.space[order]) + 0.5) / np.bincount(graph.space)[graph.space[order]]
+    return _drop_until(graph, np.argsort(fraction, kind="stable"), budget, round_to)
 
 
 def select_by(

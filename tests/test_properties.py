@@ -1,5 +1,8 @@
 """Random networks and random masks: what must hold for any of them (hypothesis)."""
 
+import itertools
+
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,6 +106,8 @@ def test_pruned_equals_masked_and_flops_equal_pytorchs(made, seed, share):
     small = legr.prune(model, graph, kept)
     assert graph.flops() == counted(model, SIDE)
     assert graph.flops(kept) == counted(small, SIDE)
+    assert graph.params() == sum(p.numel() for p in model.parameters())
+    assert graph.params(kept) == sum(p.numel() for p in small.parameters())
     x = torch.randn(2, 3, SIDE, SIDE)
     with torch.inference_mode():
         expected = masked(model, graph, kept)(x)
@@ -143,3 +148,22 @@ def test_selection_is_monotone_respects_the_floor_and_stops_at_the_first(made, s
             units[last] = True  # one fewer dropped is not below the target yet
             assert graph.flops(graph.masks(units)) >= fraction * graph.flops()
         larger = kept
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(networks(), st.integers(0, 1000), st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from(["flops", "params"]))
+def test_budgets_hold_and_widths_are_rounded(made, seed, round_to, budget):
+    _, graph = made
+    generator = torch.Generator().manual_seed(seed)
+    scores = [torch.rand(width, generator=generator) for width in graph.widths]
+    cost = {"flops": graph.flops, "params": graph.params}[budget]
+    total = np.bincount(graph.space)
+    for select, fraction in itertools.product((legr.select, legr.select_uniform), (0.9, 0.7, 0.5)):
+        try:
+            kept = select(graph, scores, **{budget: fraction}, round_to=round_to)
+        except legr.UserError as error:
+            assert f"{budget} is {fraction}; the lowest reachable" in str(error)
+            continue
+        assert cost(kept) < fraction * cost()
+        left = np.bincount(graph.space[graph.kept_units(kept)], minlength=len(total))
+        assert ((left % round_to == 0) | (left == total)).all()

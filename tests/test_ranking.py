@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import legr
+from legr.latency import against_dense
 
 
 @pytest.mark.parametrize(("name", "classes", "side"), [("resnet56", 10, 32), ("mobilenet_v2", 1000, 224)])
@@ -132,3 +133,58 @@ def test_a_ranking_for_another_network_is_an_error(small):
         legr.Ranking.norm_only(3).scores(legr.filter_norms(model, graph))
     with pytest.raises(legr.UserError, match="ranking .*does not exist"):
         legr.Ranking.load("nowhere.json")
+
+
+def test_rounding_keeps_what_is_on_the_way_to_the_next_multiple(small):
+    model, graph = small
+    norms = legr.filter_norms(model, graph)
+    kept = legr.select(graph, norms, 0.5, round_to=8)
+    assert graph.flops(kept) < 0.5 * graph.flops()
+    assert {int(k.sum()) % 8 for k in kept} == {0}
+    inner = next(i for i, layer in enumerate(graph.layers) if layer.name == "blocks.2.conv1")
+    assert 0 < kept[inner].sum() < len(kept[inner])
+    assert norms[inner][kept[inner]].min() > norms[inner][~kept[inner]].max()
+
+
+def test_a_latency_budget_is_met_as_measured(small):
+    """With a stand-in for the clock, so that the result is sure."""
+    model, graph = small
+    asked = []
+
+    def measure(kept):
+        asked.append(0.2 + 0.8 * graph.flops(kept) / graph.flops())
+        return asked[-1]
+
+    kept = legr.select(graph, legr.filter_norms(model, graph), latency=0.6, measure=measure)
+    assert measure(kept) < 0.6
+    assert graph.flops(kept) / graph.flops() == pytest.approx(0.5, abs=0.03)
+    assert len(asked) < 15
+    with pytest.raises(legr.UserError, match="latency is 0.1; the lowest reachable fraction"):
+        legr.select(graph, legr.filter_norms(model, graph), latency=0.1, measure=measure)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "none of flops, params and latency is given; it must be just one"),
+        ({"flops": 0.5, "params": 0.5}, "flops, params of flops, params and latency is given"),
+        ({"params": 1.5}, "params is 1.5; it must be a fraction"),
+        ({"latency": 0.5}, "latency and measure belong together"),
+        ({"flops": 0.5, "measure": len}, "latency and measure belong together"),
+        ({"flops": 0.5, "round_to": 0}, "round_to is 0; it must be a whole number, at least 1"),
+        ({"flops": 0.5, "round_to": 2.5}, "round_to is 2.5; it must be a whole number"),
+    ],
+)
+def test_a_budget_is_one_thing(small, budget, message):
+    model, graph = small
+    for method in (legr.select, legr.select_uniform):
+        with pytest.raises(legr.UserError, match=message):
+            method(graph, legr.filter_norms(model, graph), **budget)
+
+
+def test_measured_latency_is_a_fraction_of_the_dense_networks(small, compute):
+    model, graph = small
+    for fused in (False, True):
+        ratio = against_dense(model, graph, 32, 4, compute, 3, fused)
+        narrow = legr.select(graph, legr.filter_norms(model, graph), 0.2)
+        assert ratio(narrow) > 0

@@ -11,8 +11,8 @@ from PIL import Image
 
 import legr
 from experiments.datasets import DataSettings, prepare
-from experiments.latency import measure
 from legr import data
+from legr.latency import measure
 from legr.models import CifarResNet
 from legr.training import Compute, Recipe, evaluate, recalibrate, train
 
