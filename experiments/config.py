@@ -69,9 +69,16 @@ class Algorithm(SearchSettings):
 
 class RankingSettings(Section):
     flops: Target  # the fraction at which candidates are judged
+    workers: PositiveInt = 1  # processes that judge algorithm.in_flight candidates at the same time
     rankings: dict[str, Kind]  # a method's name: its fitness
     algorithm: Algorithm = Algorithm()
     fitness: FitnessSettings = FitnessSettings()
+
+    @model_validator(mode="after")
+    def _workers_have_work(self) -> "RankingSettings":
+        if self.workers > self.algorithm.in_flight:
+            raise ValueError(f"workers is {self.workers}; it must be at most in_flight ({self.algorithm.in_flight})")
+        return self
 
 
 class FinetuneSettings(Section):

@@ -15,6 +15,7 @@ from torch import nn
 
 from legr.data import Dataset, Files, Images
 from legr.graph import Graph
+from legr.inference import can_be_fast, fast_inference
 from legr.ranking import Ranking, check_fraction, filter_norms, select
 from legr.surgery import prune
 from legr.training import Compute, Recipe, evaluate, recalibrate, train
@@ -81,22 +82,34 @@ class Fitness:
             tune(small, self.training, self.settings, self.compute, self.seed)
         return small
 
-    def __call__(self, ranking: Ranking) -> dict[str, float]:
-        """Validation `loss` and `accuracy` of `network(ranking)`.
+    def __call__(self, ranking: Ranking, stop_above: float = math.inf) -> dict[str, float]:
+        """Validation `loss` and `accuracy` of `network(ranking)`, and how many `images` that took.
 
-        Of several networks the mean loss, and the accuracy of the largest.
+        Of several networks the mean loss, and the accuracy of the largest. Once the loss is bound to come out
+        above `stop_above` it stops: `loss` is then a lower bound that lies above it.
         """
         counts = self.settings.counts(self.flops)
-        results = [evaluate(self.network(ranking, counts[0]), self.validation, self.compute)]
-        if len(counts) == 1:
-            return results[0]
-        guess = math.log(len(self.data.classes))
-        for flops in counts[1:]:
-            if not results[-1]["loss"] < guess:
+        guess = math.log(len(self.data.classes)) if len(counts) > 1 else math.inf
+        losses: list[float] = []
+        found = {"accuracy": math.nan, "images": 0}
+        for flops in counts:
+            left = stop_above * len(counts) - sum(losses)  # no network's loss can be negative
+            if left < 0 or (losses and not losses[-1] < guess):
                 break
-            results.append(evaluate(self.network(ranking, flops), self.validation, self.compute))
-        losses = [r["loss"] if r["loss"] < guess else guess for r in results] + [guess] * (len(counts) - len(results))
-        return {"loss": sum(losses) / len(losses), "accuracy": results[0]["accuracy"]}
+            result = self._judge(self.network(ranking, flops), left)
+            losses.append(result["loss"] if result["loss"] < guess else guess)
+            found = {
+                "accuracy": found["accuracy"] if len(losses) > 1 else result["accuracy"],
+                "images": found["images"] + result["images"],
+            }
+        if losses and not losses[-1] < guess:
+            losses += [guess] * (len(counts) - len(losses))
+        return {"loss": sum(losses) / len(counts), **found}
+
+    def _judge(self, network: nn.Module, stop_above: float) -> dict[str, float]:
+        if can_be_fast(self.compute.device, self.compute.dtype):
+            network = fast_inference(network, self.compute.dtype)
+        return evaluate(network, self.validation, self.compute, stop_above=stop_above)
 
 
 def tune(model: nn.Module, images: Images | Files, settings: FitnessSettings, compute: Compute, seed: int) -> None:

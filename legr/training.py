@@ -1,5 +1,6 @@
 """Training and evaluation: one recipe, one loop, per-epoch checkpoints that resume to the same result."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,29 +99,47 @@ class Compute(BaseModel):
         """What of this a result depends on beyond rounding."""
         return [self.device.split(":")[0], self.precision]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What convolutions compute in."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def evaluate(
-    model: nn.Module, images: Images | Files, compute: Compute, batch_size: int | None = None
+    model: nn.Module,
+    images: Images | Files,
+    compute: Compute,
+    batch_size: int | None = None,
+    stop_above: float = math.inf,
 ) -> dict[str, float]:
     """Cross-entropy `loss` and `accuracy` (a fraction) in eval mode; the model's mode is restored.
+
+    Once the loss is bound to come out above `stop_above`, since no image's can be negative, it stops: `loss`
+    is then that bound, `accuracy` is of the images seen, and `images`, their number, is below `len(images)`.
 
     Under torchrun each process takes its share of the images, and all get the result.
     """
     rank, world = distributed.share()
     was_training = model.training
     model.eval()
-    loss, correct = 0.0, 0
+    loss, correct, seen = 0.0, 0, 0
     with torch.inference_mode(), compute.autocast():
-        for inputs, labels in batches(images[rank::world], batch_size or _batch_size(images, 500)):
+        for inputs, labels in batches(
+            images[rank::world], batch_size or _batch_size(images, 128 if images.device.type == "cpu" else 500)
+        ):
             logits = model(inputs).float()
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(1) == labels).sum().item()
+            seen += len(labels)
+            if loss > stop_above * len(images):
+                break
     model.train(was_training)
-    loss, correct = distributed.total(torch.tensor([loss, correct], dtype=torch.float64, device=images.device)).tolist()
-    return {"loss": loss / len(images), "accuracy": correct / len(images)}
+    sums = torch.tensor([loss, correct, seen], dtype=torch.float64, device=images.device)
+    loss, correct, seen = distributed.total(sums).tolist()
+    return {"loss": loss / len(images), "accuracy": correct / seen, "images": int(seen)}
 
 
 def _batch_size(images: Images | Files, at_32: int) -> int:
@@ -235,7 +254,8 @@ def train(
         if network is not model:
             model.load_state_dict(network.module.state_dict())
         if validation is not None:
-            row |= {f"val_{k}": v for k, v in evaluate(model, validation, compute).items()}
+            found = evaluate(model, validation, compute)
+            row |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
         rows.append(row)
         if checkpoint and rank == 0:
             save_state(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows})

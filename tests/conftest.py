@@ -150,6 +150,9 @@ def done(tmp_path_factory):
             params["experiments"][name] |= {"targets": [0.5], "contrast": {"legr-tau0": [0.5]}}
             demo["baseline"]["recipe"]["epochs"] = 2
             demo["search"]["algorithm"] = {"population": 4, "evaluations": 6, "sample": 2}
+            if name == NAME:  # the other one judges its candidates one by one, and fully
+                demo["search"] |= {"workers": 2}
+                demo["search"]["algorithm"] |= {"in_flight": 2, "racing": 0.5}
             demo["search"]["fitness"] |= {"validation_images": 64, "recalibration_images": 64, "steps": 1}
             demo["finetune"]["recipe"]["epochs"] = 1
             demo["prediction"] = {"rankings": 5, "steps": 4}
