@@ -25,25 +25,30 @@ FIXED = 0  # the label of channels that must stay
 Labels = np.ndarray  # int64 [channels]; [features] after a flatten
 
 # Operations that treat every channel alike and keep the channels' order.
-CHANNELWISE_MODULES = (
-    nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.Sigmoid, nn.Tanh,
+POINTWISE_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.Sigmoid, nn.Tanh,
     nn.Hardswish, nn.Hardsigmoid, nn.Dropout, nn.Dropout2d, nn.Identity,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
 )  # fmt: skip
-CHANNELWISE_FUNCTIONS = {
+CHANNELWISE_MODULES = (
+    *POINTWISE_MODULES, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+POINTWISE_FUNCTIONS = {
     torch.relu, F.relu, F.relu6, F.leaky_relu, F.gelu, F.silu, F.mish, F.elu, F.hardswish, F.hardsigmoid,
     torch.sigmoid, torch.tanh, F.dropout, F.dropout2d,
+}  # fmt: skip
+CHANNELWISE_FUNCTIONS = POINTWISE_FUNCTIONS | {
     F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
 }  # fmt: skip
 CHANNELWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh", "contiguous", "float", "clone"}
 # Elementwise operations on two tensors: both sides' channels live and die together.
 JOINING = {operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul, "add", "add_", "mul", "mul_"}
 SIZES = {"size", "dim"}
+CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # permutations of [N, C, H, W] and back
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution whose filters can be pruned."""
+    """A convolution whose filters can be pruned; a linear layer on feature maps [N, H, W, C] is one, of size 1×1."""
 
     name: str  # the module's path in the network
     width: int  # its filters in the dense network
@@ -71,6 +76,7 @@ class Graph:
     traced: fx.Graph
     modules: frozenset[str]  # paths of all modules that the traced network calls
     filters: list[Labels]  # per layer [width]: the label of each filter
+    whole_params: int = 0  # parameters that no pruning touches
     units: list[np.ndarray] = field(init=False)  # per layer [width]: unit of each filter, -1 if it must stay
     unit_count: int = field(init=False)
 
@@ -110,7 +116,8 @@ class Graph:
         """Parameters when counts[s] units are kept in space s."""
         channels = self._always + counts @ self._channels
         inputs, outputs = channels[0::2], channels[1::2]
-        return int((self._params_per_pair * inputs * outputs + self._params_per_output * outputs).sum())
+        cut = (self._params_per_pair * inputs * outputs + self._params_per_output * outputs).sum()
+        return int(cut) + self.whole_params
 
     def kept_units(self, kept: Sequence[Tensor] | None) -> np.ndarray:
         """Per-layer masks as one mask over units; UserError if they are not a selection of this network."""
@@ -141,7 +148,7 @@ class Graph:
         return self.flops_of_counts(np.bincount(self.space[self.kept_units(kept)], minlength=len(self.per_space)))
 
     def params(self, kept: Sequence[Tensor] | None = None) -> int:
-        """Weights and biases of convolutions, BatchNorm and linear layers."""
+        """Parameters of the network, all that are used."""
         return self.params_of_counts(np.bincount(self.space[self.kept_units(kept)], minlength=len(self.per_space)))
 
     @property
@@ -209,6 +216,8 @@ class _Labeller:
         self.labels: dict[fx.Node, Labels] = {}
         self.operations: list[Operation] = []
         self.called: set[str] = set()
+        self.last: set[fx.Node] = set()  # feature maps with their channels in the last dimension
+        self.parameters: dict[fx.Node, Tensor] = {}
 
     def graph(self) -> Graph:
         for node in self.traced.nodes:
@@ -216,14 +225,17 @@ class _Labeller:
             visit(node)
         resolve = np.array([self.find(x) for x in range(len(self.parent))])
         done = [replace(o, inputs=resolve[o.inputs], outputs=resolve[o.outputs]) for o in self.operations]
-        convs = [o for o in done if isinstance(self.modules.get(o.module or ""), nn.Conv2d)]
-        layers = [o for o in convs if (o.outputs != FIXED).any()]
+        filtering = [o for o in done if isinstance(self.modules.get(o.module or ""), nn.Conv2d | nn.Linear)]
+        layers = [o for o in filtering if (o.outputs != FIXED).any()]
+        used = {str(node.target): p for node, p in self.parameters.items() if isinstance(p, nn.Parameter)}
+        whole = [m for name in self.called if isinstance(m := self.modules[name], nn.LayerNorm)]
         return Graph(
             [Layer(o.module, len(o.outputs)) for o in layers],
             done,
             self.traced,
             frozenset(self.called),
             [o.outputs for o in layers],
+            sum(p.numel() for p in [*used.values(), *(p for m in whole for p in m.parameters())]),
         )
 
     # Labels -------------------------------------------------------------------------------
@@ -254,17 +266,19 @@ class _Labeller:
 
     def output(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
-            self.fix(node, self.of(node, source))
+            self.fix(node, self.of(node, source, last=True))
 
     def get_attr(self, node: fx.Node) -> None:
-        raise self.refused(node, "parameters outside of a layer are not supported")
+        owner, _, name = str(node.target).rpartition(".")
+        self.parameters[node] = getattr(self.modules[owner], name)
 
     def call_module(self, node: fx.Node) -> None:
         name, module = str(node.target), self.modules[str(node.target)]
         if name in self.called and next(module.parameters(), None) is not None:
             raise self.refused(node, "the module is used twice, so its weights can't be pruned")
         self.called.add(name)
-        inputs = self.of(node, node.args[0])
+        pointwise = isinstance(module, (*POINTWISE_MODULES, nn.LayerNorm, nn.Linear))
+        inputs = self.of(node, node.args[0], last=pointwise)
         if isinstance(module, nn.Conv2d):
             area = prod(module.kernel_size) * prod(self.shape(node)[2:])
             depthwise = module.groups == module.in_channels == module.out_channels
@@ -283,6 +297,14 @@ class _Labeller:
             bias = int(module.bias is not None)
             self.operations.append(Operation(node.name, name, pairs, outputs, area, prod(module.kernel_size), bias))
             self.labels[node] = outputs
+        elif isinstance(module, nn.Linear) and node.args[0] in self.last:  # a 1×1 convolution
+            outputs, area = self.new(module.out_features), prod(self.shape(node)[1:3])
+            bias = int(module.bias is not None)
+            self.operations.append(Operation(node.name, name, inputs, outputs, area, 1, bias))
+            self.labels[node] = outputs
+            self.last.add(node)
+        elif isinstance(module, nn.LayerNorm):
+            self.layer_norm(node, module.normalized_shape)
         elif isinstance(module, nn.Linear):
             if len(self.shape(node)) != 2:
                 raise self.refused(node, "a linear layer must follow a flatten")
@@ -294,7 +316,7 @@ class _Labeller:
         elif isinstance(module, CHANNELWISE_MODULES):
             if isinstance(module, nn.BatchNorm2d):
                 self.operations.append(Operation(node.name, name, inputs, inputs, 0, 0, 2 * int(module.affine)))
-            self.labels[node] = inputs
+            self.like(node, node.args[0])
         else:
             raise self.refused(node, "the module type is not supported")
 
@@ -302,8 +324,16 @@ class _Labeller:
         function = node.target
         if function in JOINING:
             self.joining(node)
+        elif (
+            function in POINTWISE_FUNCTIONS or getattr(function, "__name__", "") == "stochastic_depth"
+        ):  # torchvision's
+            self.like(node, node.args[0])
         elif function in CHANNELWISE_FUNCTIONS:
             self.labels[node] = self.of(node, node.args[0])
+        elif function is torch.permute:
+            self.permute(node, self.argument(node, 1, "dims", ()))
+        elif function is F.layer_norm:
+            self.layer_norm(node, self.argument(node, 1, "normalized_shape", ()))
         elif function is torch.flatten:
             self.flatten(node, self.argument(node, 1, "start_dim", 0))
         elif function is torch.cat:
@@ -326,6 +356,8 @@ class _Labeller:
             self.joining(node)
         elif node.target in CHANNELWISE_METHODS:
             self.labels[node] = self.of(node, node.args[0])
+        elif node.target == "permute":
+            self.permute(node, node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:])
         elif node.target == "flatten":
             self.flatten(node, self.argument(node, 1, "start_dim", 0))
         elif node.target in ("view", "reshape") and node.args[-1] == -1 and len(self.shape(node)) == 2:
@@ -338,10 +370,40 @@ class _Labeller:
     # Operations ---------------------------------------------------------------------------
     def joining(self, node: fx.Node) -> None:
         given = (*node.args[:2], node.kwargs.get("input"), node.kwargs.get("other"))
-        sides = [self.of(node, x) for x in given if isinstance(x, fx.Node)]
-        if len(sides) == 2:
-            self.join(node, *sides)
-        self.labels[node] = sides[0]
+        operands = [x for x in given if isinstance(x, fx.Node)]
+        maps = [x for x in operands if x not in self.parameters]
+        if not maps or len({x in self.last for x in maps}) > 1:
+            raise self.refused(node, "its operands have their channels in different dimensions")
+        if len(maps) == 2:
+            self.join(node, *(self.of(node, x, last=True) for x in maps))
+        self.like(node, maps[0])
+        if len(operands) > len(maps):  # a parameter is not cut, so what it is combined with isn't either
+            if self.shape(node) != self.shape(maps[0]):
+                raise self.refused(node, "a parameter widens a feature map")
+            self.fix(node, self.labels[node])
+
+    def like(self, node: fx.Node, source: fx.Node) -> None:
+        """The node's channels are those of `source`, and lie in the same dimension."""
+        self.labels[node] = self.of(node, source, last=True)
+        if source in self.last:
+            self.last.add(node)
+
+    def permute(self, node: fx.Node, dims: Sequence[int]) -> None:
+        source = node.args[0]
+        dims = tuple(d % 4 if isinstance(d, int) else d for d in dims)
+        if dims != (CHANNELS_FIRST if source in self.last else CHANNELS_LAST):
+            raise self.refused(node, "only moving the channels to the last dimension and back is supported")
+        self.labels[node] = self.of(node, source, last=True)
+        if source not in self.last:
+            self.last.add(node)
+
+    def layer_norm(self, node: fx.Node, shape: Sequence[int]) -> None:
+        """Its mean and variance are over all channels, so none of them can go."""
+        source = node.args[0]
+        if source not in self.last or len(shape) != 1:
+            raise self.refused(node, "only layer normalization over channels in the last dimension is supported")
+        self.like(node, source)
+        self.fix(node, self.labels[node])
 
     def flatten(self, node: fx.Node, start: int) -> None:
         source = node.args[0]
@@ -380,9 +442,11 @@ class _Labeller:
         self.labels[node] = self.of(node, source)
 
     # Helpers ------------------------------------------------------------------------------
-    def of(self, node: fx.Node, source: Any) -> Labels:
+    def of(self, node: fx.Node, source: Any, last: bool = False) -> Labels:
         if source not in self.labels:
             raise self.refused(node, "it uses something that is not a feature map")
+        if source in self.last and not last:
+            raise self.refused(node, "it is applied to feature maps with their channels in the last dimension")
         return self.labels[source]
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:

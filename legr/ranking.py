@@ -21,9 +21,8 @@ MIN_WIDTH = 2  # ...and never ends with fewer than 2
 
 def filter_norms(model: nn.Module, graph: Graph) -> list[Tensor]:
     """‖Θ_i‖², the squared L2 norm of each filter's weights: one float32 tensor [width] per layer."""
-    norms = [
-        model.get_submodule(layer.name).weight.detach().float().pow(2).sum((1, 2, 3)).cpu() for layer in graph.layers
-    ]
+    weights = [model.get_submodule(layer.name).weight.detach().float() for layer in graph.layers]
+    norms = [weight.pow(2).sum(tuple(range(1, weight.dim()))).cpu() for weight in weights]
     check_per_layer(graph, norms, "model")
     for layer, norm in zip(graph.layers, norms, strict=True):
         if not norm.isfinite().all():

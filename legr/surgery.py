@@ -36,12 +36,15 @@ def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
     cut = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
     cut.output(cut.graph_copy(graph.traced, nodes))
-    parts: dict[str, nn.Module] = {}
+    parts: dict[str, nn.Module | nn.Parameter] = {}
     for old, new in nodes.items():
         operation = operations.get(old.name)
         if operation is None:
             if old.op == "call_module":
                 parts[str(old.target)] = copy.deepcopy(modules[str(old.target)])
+            elif old.op == "get_attr":
+                owner, _, attribute = str(old.target).rpartition(".")
+                parts[str(old.target)] = copy.deepcopy(getattr(modules[owner], attribute))
             continue
         into = graph.kept_channels(kept_units, operation.inputs)
         out = graph.kept_channels(kept_units, operation.outputs)
@@ -68,7 +71,7 @@ def _thin(module: nn.Module, into: np.ndarray, out: np.ndarray) -> nn.Module:
         elif module.groups == module.in_channels == module.out_channels:
             thin.in_channels = thin.groups = len(rows)
     elif isinstance(module, nn.Linear):
-        thin.in_features = len(columns)
+        thin.in_features, thin.out_features = len(columns), len(rows)
     else:
         thin.num_features = len(rows)
     matrix = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)

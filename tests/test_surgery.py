@@ -15,7 +15,7 @@ def masked(model: nn.Module, graph: legr.Graph, kept) -> nn.Module:
     with torch.no_grad():
         for operation in graph.operations:
             module = model.get_submodule(operation.module) if operation.module else None
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
                 gone = torch.from_numpy(~graph.kept_channels(units, operation.outputs))
                 module.weight[gone] = 0
                 if module.bias is not None:
