@@ -145,10 +145,10 @@ def main() -> None:
 Any that torch.fx can trace and that is made of supported operations; what is not supported is refused by name. Below,
 one or two of each family of torchvision's convolutional classifiers
 (torchvision {torchvision.__version__.split("+")[0]}, random weights, 10 classes, 96×96 pixels),
-cut to {FRACTION:.0%} of the FLOPs by the norms of the filters. "Yes" means that the pruned network computes what the dense one
-does with the dropped filters silenced, that its FLOPs as PyTorch counts them are below the target, and that every
-parameter gets a gradient. Torch-Pruning {version} beside it, in the same run: "yes" means that it came below the target,
-and that forward and backward passes run.
+cut to {FRACTION:.0%} of the FLOPs by the norms of the filters. "Yes" means that the pruned network computes what the
+dense one does with the dropped filters silenced, that its FLOPs as PyTorch counts them are below the target, and that
+every parameter gets a gradient. Torch-Pruning {version} beside it, in the same run: "yes" means that it came below
+the target, and that forward and backward passes run.
 
 | network | LeGR | prunable layers | filters | Torch-Pruning |
 |---|---|---|---|---|

@@ -195,7 +195,8 @@ def _validated(kind: type[BaseModel], values: Any, where: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join([where, *map(str, first["loc"])])
-        problem = first["msg"][0].lower() + first["msg"][1:]
+        problem = first["msg"].removeprefix("Value error, ")
+        problem = problem[0].lower() + problem[1:]
         if first["type"] == "missing":
             raise UserError(f"params.yaml: {name} is missing") from None
         if first["type"] == "extra_forbidden":
@@ -203,6 +204,8 @@ def _validated(kind: type[BaseModel], values: Any, where: str) -> Any:
             near = get_close_matches(str(first["loc"][-1]), _settings_of(kind, first["loc"][:-1]), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"params.yaml: {name} is not a known setting of {section}{hint}") from None
+        if first["type"] == "value_error" and isinstance(first["input"], dict):  # it names the setting itself
+            raise UserError(f"params.yaml: {name}: {problem}") from None
         shown = first["input"] if not isinstance(first["input"], dict) else "a section"
         raise UserError(f"params.yaml: {name} is {shown!r}; {problem}") from None
 

@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
@@ -17,9 +19,6 @@ from experiments import progress
 from legr.data import Files, Images, cut, read_image, save
 from legr.errors import UserError
 from legr.models import imagenet_rows
-
-if TYPE_CHECKING:  # imported where it is used: it takes seconds, in every stage
-    from torchvision.datasets import CIFAR10
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -72,6 +71,8 @@ def _folder(root: Path, resolution: int, stream: bool) -> tuple[list[str], Image
                 f"data folder {needed} does not exist; {root} must hold train/<class>/ and test/<class>/ "
                 "(or val/<class>/)"
             )
+    for split in (root / "train", test):
+        _check_links(split)
     parts = []
     for split in (root / "train", test):
         try:
@@ -85,7 +86,22 @@ def _folder(root: Path, resolution: int, stream: bool) -> tuple[list[str], Image
     return parts[0][0], parts[0][1], parts[1][1]
 
 
+def _check_links(folder: Path) -> None:
+    """Raises UserError where a link leads back to a folder that holds it: reading would go round in circles."""
+    for here, folders, _ in os.walk(folder, followlinks=True):
+        for name in folders:
+            path = Path(here, name)
+            if path.is_symlink() and Path(here).resolve().is_relative_to(path.resolve()):
+                raise UserError(f"data folder {path} is a link to a folder that it lies in; remove it")
+
+
 def _decoded(samples: list[tuple[str, int]], resolution: int, where: Path) -> Images:
+    size, room = len(samples) * 3 * resolution**2, psutil.virtual_memory().available
+    if size > room:
+        raise UserError(
+            f"data folder {where} has {len(samples):,} images, {size / 2**30:.1f} GiB at {resolution}×{resolution} "
+            f"pixels; {room / 2**30:.1f} GiB of memory are free: set data.stream to true, or a smaller resolution"
+        )
     pixels = torch.empty(len(samples), 3, resolution, resolution, dtype=torch.uint8)
 
     def read(i: int) -> None:
@@ -125,28 +141,52 @@ def _all(check: Callable[[int], None], count: int, where: Path) -> None:
 
 
 def _cifar10_download(root: Path) -> tuple[list[str], Images, Images]:
+    """torchvision's CIFAR-10, checked by hash."""
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_url
 
     try:
-        splits = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+        download_url(CIFAR10.url, str(root), CIFAR10.filename, CIFAR10.tgz_md5)
     except Exception as error:
         raise UserError(
             f"CIFAR-10 could not be downloaded into {root} ({error}); set data.folder in params.yaml "
             "or LEGR_CIFAR10 to a folder with train/<class>/ and test/<class>/"
         ) from None
-    return list(splits[0].classes), *map(_in_folder_order, splits)
+    return CIFAR10_CLASSES, *cifar10_archive(root / CIFAR10.filename)
 
 
-def _in_folder_order(split: "CIFAR10") -> Images:
-    """Sorted by class and file name, as a folder of the same images is read: both give the same held-out part."""
-    names: list[str] = []
-    for file, _ in split.train_list if split.train else split.test_list:  # their hashes were checked
-        with open(Path(split.root) / split.base_folder / file, "rb") as stream:
-            names += pickle.load(stream, encoding="latin1")["filenames"]
-    order = sorted(range(len(names)), key=lambda i: (split.targets[i], names[i]))
-    return Images(
-        torch.from_numpy(split.data[order]).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)[order]
-    )
+def cifar10_archive(path: Path) -> tuple[Images, Images]:
+    """Training and test images of CIFAR-10's Python archive; nothing is unpacked, and no pickled code is run.
+
+    Sorted by class and file name, as a folder of the same images is read: both give the same held-out part.
+    """
+    parts = []
+    with tarfile.open(path) as archive:
+        for files in ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]):
+            entries = [
+                _Arrays(archive.extractfile(f"cifar-10-batches-py/{f}"), encoding="latin1").load() for f in files
+            ]
+            names = [name for entry in entries for name in entry["filenames"]]
+            labels = [label for entry in entries for label in entry["labels"]]
+            order = sorted(range(len(names)), key=list(zip(labels, names, strict=True)).__getitem__)
+            pixels = torch.from_numpy(np.concatenate([entry["data"] for entry in entries])[order])
+            parts.append(Images(pixels.view(-1, 3, 32, 32), torch.tensor(labels)[order]))
+    return parts[0], parts[1]
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads NumPy arrays and plain values; anything else that a pickle names is refused, not called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core", "numpy._core")
+        if (module, name) not in {
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("_codecs", "encode"),
+        }:
+            raise pickle.UnpicklingError(f"{module}.{name} is not a part of an image archive")
+        return super().find_class(module, name)
 
 
 def _imagenette_download(root: Path) -> Path:

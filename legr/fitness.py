@@ -26,7 +26,7 @@ Kind = Literal["loss", "recalibrated", "steps"]
 class FitnessSettings(BaseModel):
     """What candidates are judged by, on the held-out images."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Kind = "loss"
     validation_images: PositiveInt | None = None  # None: all held-out images

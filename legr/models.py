@@ -124,6 +124,9 @@ def load_weights(model: nn.Module, path: str | Path, rows: Sequence[int] | None 
 
     Raises UserError if the file is not whole or not of this network, or if a number in it is not finite.
     """
+    size, expected = _size(path), sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if size > 16 * expected + 2**26:  # room for 1,000 classes in place of a few, and for double precision
+        raise UserError(f"weights file {path} has {size:,} bytes; {type(model).__name__} needs about {expected:,}")
     return _fill(model, _read(path), f"weights file {path}", rows)
 
 
@@ -148,6 +151,13 @@ def load_torchvision(model: nn.Module, name: str, folder: str | Path, rows: Sequ
             f"set baseline.weights in params.yaml, or LEGR_{name.upper()}, to a weights file"
         ) from None
     return _fill(model, state, f"torchvision's {name}", rows)
+
+
+def _size(path: str | Path) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0  # reading it will tell why
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from legr.graph import Graph, check_per_layer
 
 MAX_PRUNED = 0.9  # a layer never loses more than floor(0.9 n) of its n filters...
 MIN_WIDTH = 2  # ...and never ends with fewer than 2
+LARGEST_FILE = 10_000_000  # bytes of a ranking; one of 1,000 layers has 40,000
 
 
 def filter_norms(model: nn.Module, graph: Graph) -> list[Tensor]:
@@ -65,6 +66,8 @@ class Ranking:
     @classmethod
     def load(cls, path: str | Path) -> "Ranking":
         try:
+            if (size := Path(path).stat().st_size) > LARGEST_FILE:
+                raise UserError(f"ranking {path} has {size:,} bytes; a ranking has {LARGEST_FILE:,} at most")
             value = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(tuple(map(float, value["scale"])), tuple(map(float, value["shift"])))
         except UserError:

@@ -1,6 +1,7 @@
 """Tensors on disk that interrupted work resumes from, and the names that tell one such state from another."""
 
 import hashlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:
     """Tensors, numbers, strings and containers of them, to be resumed from."""
+    buffer = io.BytesIO()  # written by PyTorch itself, a full disk would give an error that does not say so
+    torch.save(state, buffer)
     with atomic(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_state(path: str | Path) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ class Recipe(BaseModel):
     `resolutions` is [[until, side], ...]: epochs before the fraction `until` see images shrunk to `side`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: PositiveInt
     batch_size: PositiveInt = 128

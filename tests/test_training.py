@@ -1,6 +1,9 @@
 """Data on the device, the recipes, resuming, recalibration."""
 
+import io
+import os
 import pickle
+import tarfile
 
 import numpy as np
 import pandas as pd
@@ -10,6 +13,7 @@ import torchvision
 from PIL import Image
 
 import legr
+from experiments import datasets
 from experiments.datasets import DataSettings, prepare
 from legr import data
 from legr.latency import measure
@@ -147,8 +151,6 @@ def cifar(folder):
 
 
 def test_a_folder_is_read_whatever_its_size(tmp_path, monkeypatch):
-    from experiments import datasets
-
     write_tree(tmp_path / "in", datasets.CIFAR10_CLASSES, 2, ("train", "val"))
     classes, images, test = datasets._folder(tmp_path / "in", 16, False)
     assert classes == datasets.CIFAR10_CLASSES
@@ -157,33 +159,47 @@ def test_a_folder_is_read_whatever_its_size(tmp_path, monkeypatch):
     assert images.pixels[2, 0, 0, 0] == 20
 
 
+def batch(names, labels, pixels):
+    """One file of CIFAR-10's Python archive."""
+    rows = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+    return pickle.dumps({"filenames": names, "labels": labels, "data": rows}, protocol=2)
+
+
+def archive(path, batches):
+    with tarfile.open(path, "w:gz") as file:
+        for name, content in batches.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return path
+
+
 def test_a_download_gives_the_same_data_as_a_folder(tmp_path):
     """Of the same images, whatever order the download's files have them in."""
-    from types import SimpleNamespace
-
-    from experiments import datasets
-
-    names, targets = ["b_2.png", "a_1.png", "c_7.png", "a_0.png"], [1, 0, 1, 0]
-    pixels = np.stack([np.full((32, 32, 3), 10 * i, np.uint8) for i in range(4)])
-    for name, target, image in zip(names, targets, pixels, strict=True):
+    names, targets = ["b_2.png", "a_1.png", "c_7.png", "a_0.png", "d_0.png", "e_0.png"], [1, 0, 1, 0, 1, 0]
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    for name, target, image in zip(names[:5], targets, pixels, strict=False):
         (tmp_path / "in" / str(target)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / "in" / str(target) / name.replace("png", "webp"), lossless=True)
-    (tmp_path / "batches").mkdir()
-    for part in (0, 2):
-        (tmp_path / "batches" / f"{part}").write_bytes(pickle.dumps({"filenames": names[part : part + 2]}))
     listing = torchvision.datasets.ImageFolder(tmp_path / "in")
     folder = datasets._decoded(listing.samples, 32, tmp_path)
-    split = SimpleNamespace(
-        root=tmp_path,
-        base_folder="batches",
-        train=True,
-        train_list=[("0", ""), ("2", "")],
-        data=pixels,
-        targets=targets,
-    )
-    download = datasets._in_folder_order(split)
+    files = {f"data_batch_{i + 1}": batch(names[i : i + 1], targets[i : i + 1], pixels[i : i + 1]) for i in range(5)}
+    path = archive(tmp_path / "a.tar.gz", files | {"test_batch": batch(names[5:], targets[5:], pixels[5:])})
+    download, test = datasets.cifar10_archive(path)
     assert torch.equal(download.pixels, folder.pixels)
     assert torch.equal(download.labels, folder.labels)
+    assert torch.equal(test.pixels[0].permute(1, 2, 0), torch.from_numpy(pixels[5]))
+
+
+def test_code_in_an_image_archive_is_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    path = archive(tmp_path / "a.tar.gz", {"data_batch_1": pickle.dumps(Evil())})
+    with pytest.raises(pickle.UnpicklingError, match="system is not a part of an image archive"):
+        datasets.cifar10_archive(path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_digits_come_in_any_size_and_cifar10_in_its_own(tmp_path, monkeypatch):
