@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -47,7 +48,14 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(f"{arguments.stage}: peak memory {_peak_memory() / 2**20:,.0f} MiB", file=sys.stderr)
     return 0
+
+
+def _peak_memory() -> int:
+    """Bytes, of the largest process that this stage needed: its own, or its notebook's kernel."""
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(peaks) * (1 if sys.platform == "darwin" else 1024)
 
 
 def execute(name: str, space: Places, parameters: dict[str, str]) -> None:

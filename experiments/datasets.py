@@ -127,15 +127,22 @@ def _listed(samples: list[tuple[str, int]], resolution: int, where: Path) -> Fil
 def _all(check: Callable[[int], None], count: int, where: Path) -> None:
     """Run `check` for every image in parallel, with a progress bar; then name and count those that fail."""
 
-    def failure(i: int) -> str | None:
-        try:
-            check(i)
-        except UserError as error:
-            return str(error)
-        return None
+    def failures_of(some: range) -> list[str]:
+        found = []
+        for i in some:
+            try:
+                check(i)
+            except UserError as error:
+                found.append(str(error))
+        return found
 
-    with ThreadPoolExecutor() as pool:
-        failures = [f for f in progress.bar(pool.map(failure, range(count)), total=count, desc=where.name) if f]
+    # Many in one task: a pool keeps kilobytes for each task, and ILSVRC2012 has over a million images.
+    tasks = [range(start, min(start + 250, count)) for start in range(0, count, 250)]
+    failures: list[str] = []
+    with ThreadPoolExecutor() as pool, progress.bar(total=count, desc=where.name) as bar:
+        for some, found in zip(tasks, pool.map(failures_of, tasks), strict=True):
+            failures += found
+            bar.update(len(some))
     if failures:
         raise UserError(f"data folder {where} has {len(failures)} unreadable images, the first of them: {failures[0]}")
 
