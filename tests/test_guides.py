@@ -34,6 +34,15 @@ def test_the_readme_s_example_runs():
     assert len(result.stdout.splitlines()) == 3
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_library_pages_examples_run(tmp_path, number):
+    script = tmp_path / "example.py"
+    script.write_text(blocks(PROJECT / "docs" / "library.md", "python")[number], encoding="utf-8")
+    result = subprocess.run([sys.executable, script], cwd=PROJECT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == (4, 9)[number]
+
+
 @pytest.mark.slow
 def test_the_commands_for_tweaking_work(done, tmp_path):
     folder = tmp_path / "clone"

@@ -18,6 +18,7 @@ from experiments.datasets import DataSettings, prepare
 from legr import data
 from legr.latency import measure
 from legr.models import CifarResNet
+from legr.state import tensors_digest
 from legr.training import Compute, Recipe, evaluate, recalibrate, train
 
 
@@ -261,3 +262,40 @@ def test_latency_has_a_row_per_network_and_batch(compute):
     table = measure({"a": fresh(), "b": fresh()}, 32, (1, 4), compute, repetitions=3, warmup=1)
     assert list(zip(table.network, table.batch, strict=True)) == [("a", 1), ("b", 1), ("a", 4), ("b", 4)]
     assert (table.latency_ms > 0).all()
+
+
+def test_another_number_of_threads_differs_by_rounding_only(digits, compute):
+    """The tolerances that the README states: 1e-5 of the loss of the same weights, 1% of an epoch's training loss."""
+    before, losses, epochs = torch.get_num_threads(), [], []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            model = CifarResNet(1)
+            losses.append(evaluate(model, digits.test, compute)["loss"])
+            recipe = Recipe(epochs=1, batch_size=32, lr=0.01, flip=False)
+            epochs.append(train(model, digits.fit, recipe, compute, seed=0).train_loss[0])
+    finally:
+        torch.set_num_threads(before)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert epochs[1] == pytest.approx(epochs[0], rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_differs_by_rounding_only(digits, compute):
+    torch.manual_seed(0)
+    model = CifarResNet(1)
+    here = evaluate(model, digits.test, compute)["loss"]
+    gpu = Compute(device="cuda", precision="float32").resolve()
+    there = evaluate(model.to("cuda"), digits.test.to("cuda"), gpu)["loss"]
+    assert there == pytest.approx(here, rel=1e-3)
+
+
+def test_the_same_seed_gives_the_same_bits(digits, compute):
+    digests = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = CifarResNet(1)
+        train(model, digits.fit, Recipe(epochs=1, batch_size=32, lr=0.05), compute, seed=3)
+        digests.append(tensors_digest(model.state_dict()))
+    assert digests[0] == digests[1]
