@@ -116,7 +116,7 @@ def select(
     Raises:
         UserError: if the floors make the target unreachable; says the lowest reachable fraction.
     """
-    budget = _Budget.of(graph, flops, params, latency, measure)
+    budget = _Budget.of(graph, flops, params, latency, measure, round_to)
     check_per_layer(graph, scores, "scores")
     importance = np.zeros(graph.unit_count)
     for units, score in zip(graph.units, scores, strict=True):
@@ -124,7 +124,7 @@ def select(
         np.add.at(importance, units[free], score.detach().cpu().double().numpy()[free])
     if not np.isfinite(importance).all():
         raise UserError("scores have a value that is not a finite number")
-    return _drop_until(graph, np.argsort(importance, kind="stable"), budget, round_to)
+    return _drop_until(graph, np.argsort(importance, kind="stable"), budget)
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,18 @@ class _Budget:
     fraction: float
     dense: float
     cost: Callable[[np.ndarray, Callable[[], list[Tensor]]], float]
+    round_to: int
 
     @classmethod
-    def of(cls, graph: Graph, flops: Any, params: Any, latency: Any, measure: Any) -> "_Budget":
+    def of(
+        cls,
+        graph: Graph,
+        flops: float | None = None,
+        params: float | None = None,
+        latency: float | None = None,
+        measure: Callable[[list[Tensor]], float] | None = None,
+        round_to: int = 1,
+    ) -> "_Budget":
         given = {k: v for k, v in {"flops": flops, "params": params, "latency": latency}.items() if v is not None}
         if len(given) != 1:
             raise UserError(f"{', '.join(given) or 'none'} of flops, params and latency is given; it must be just one")
@@ -145,17 +154,17 @@ class _Budget:
         check_fraction(name, fraction)
         if (latency is None) != (measure is None):
             raise UserError("latency and measure belong together: a target, and what tells a network's latency")
-        if name == "latency":
-            return cls(name, fraction, 1.0, lambda _counts, masks: measure(masks()))
+        if not (isinstance(round_to, int) and round_to >= 1):
+            raise UserError(f"round_to is {round_to}; it must be a whole number, at least 1")
+        if measure is not None:
+            return cls(name, fraction, 1.0, lambda _counts, masks: measure(masks()), round_to)
         if name == "params":
-            return cls(name, fraction, graph.params(), lambda counts, _masks: graph.params_of_counts(counts))
-        return cls(name, fraction, graph.flops(), lambda counts, _masks: graph.flops_of_counts(counts))
+            return cls(name, fraction, graph.params(), lambda counts, _masks: graph.params_of_counts(counts), round_to)
+        return cls(name, fraction, graph.flops(), lambda counts, _masks: graph.flops_of_counts(counts), round_to)
 
 
-def _drop_until(graph: Graph, order: np.ndarray, budget: _Budget, round_to: int) -> list[Tensor]:
+def _drop_until(graph: Graph, order: np.ndarray, budget: _Budget) -> list[Tensor]:
     """Drop units in `order`, as far as the floors allow, until the cost first falls below the budget."""
-    if not (isinstance(round_to, int) and round_to >= 1):
-        raise UserError(f"round_to is {round_to}; it must be a whole number, at least 1")
     room = [min(math.floor(MAX_PRUNED * n), n - MIN_WIDTH) for n in graph.widths]
     needs_of = [[(layer, int(n)) for layer, n in enumerate(row) if n] for row in graph.per_space]
     space = graph.space.tolist()
@@ -172,7 +181,7 @@ def _drop_until(graph: Graph, order: np.ndarray, budget: _Budget, round_to: int)
 
     def counts_after(count: int) -> np.ndarray:
         kept = total - np.bincount(dropped_spaces[:count], minlength=len(total))
-        return np.minimum(-(-kept // round_to) * round_to, total)
+        return np.minimum(-(-kept // budget.round_to) * budget.round_to, total)
 
     def masks_after(count: int) -> list[Tensor]:
         gone = (total - counts_after(count))[dropped_spaces[:count]]
@@ -211,21 +220,12 @@ def _place_within(groups: np.ndarray) -> np.ndarray:
     return place
 
 
-def select_uniform(
-    graph: Graph,
-    norms: Sequence[Tensor],
-    flops: float | None = None,
-    *,
-    params: float | None = None,
-    latency: float | None = None,
-    measure: Callable[[list[Tensor]], float] | None = None,
-    round_to: int = 1,
-) -> list[Tensor]:
+def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = None, **budget: Any) -> list[Tensor]:
     """The uniform baseline: every layer loses the same fraction, its smallest-norm units first.
 
     Arguments, result and errors are those of `select`; `norms` are those of `filter_norms`.
     """
-    budget = _Budget.of(graph, flops, params, latency, measure)
+    limits = _Budget.of(graph, flops, **budget)
     check_per_layer(graph, norms, "norms")
     norm = np.zeros(graph.unit_count)
     for units, value in zip(graph.units, norms, strict=True):
@@ -235,7 +235,7 @@ def select_uniform(
     order = np.lexsort((norm, graph.space))
     fraction = np.empty(graph.unit_count)
     fraction[order] = (_place_within(graph.space[order]) + 0.5) / np.bincount(graph.space)[graph.space[order]]
-    return _drop_until(graph, np.argsort(fraction, kind="stable"), budget, round_to)
+    return _drop_until(graph, np.argsort(fraction, kind="stable"), limits)
 
 
 def select_by(
