@@ -4,91 +4,27 @@ import argparse
 import itertools
 import math
 import platform
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import legr
+from benchmarks.yardstick import plain_evaluation, plain_select, plain_training, random_images, side_by_side
 from experiments.config import workspace
 from experiments.explorer import Controls, Instrument
 from legr import models
-from legr.data import Dataset, Images, normalize
+from legr.data import Dataset
 from legr.files import write_json, write_text
 from legr.fitness import Fitness, FitnessSettings
+from legr.inference import can_be_fast, fast_inference
 from legr.latency import measure
-from legr.ranking import MAX_PRUNED, MIN_WIDTH
 from legr.search import SearchSettings, learn_ranking
 from legr.training import Compute, Recipe, train
 
 RESULTS = Path("results/benchmarks")
 COMMITTED = Path("results/laptop/cifar10-resnet56")
-
-
-def side_by_side(functions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each function; they take turns, after one call of each that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for repetition in range(repetitions + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if repetition:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def plain_select(graph: legr.Graph, scores: list, flops: float) -> list:
-    """LeGR-Pruning word for word: one unit after the other, FLOPs counted again after each."""
-    importance = np.zeros(graph.unit_count)
-    for units, score in zip(graph.units, scores, strict=True):
-        np.add.at(importance, units, score.numpy())
-    kept, target = np.ones(graph.unit_count, bool), flops * graph.flops()
-    for unit in np.argsort(importance, kind="stable"):
-        kept[unit] = False
-        widths = [int(mask.sum()) for mask in graph.masks(kept)]
-        if any(
-            n - left > min(math.floor(MAX_PRUNED * n), n - MIN_WIDTH)
-            for n, left in zip(graph.widths, widths, strict=True)
-        ):
-            kept[unit] = True
-        elif graph.flops(graph.masks(kept)) < target:
-            break
-    return graph.masks(kept)
-
-
-def plain_evaluation(path: Path, graph: legr.Graph, ranking: legr.Ranking, flops: float, images: Images) -> float:
-    """The authors' procedure: the network read and cut anew, float32, NCHW, batches of 128."""
-    model = models.load_weights(models.resnet56(), path)
-    kept = legr.select(graph, ranking.scores(legr.filter_norms(model, graph)), flops)
-    small, loss = legr.prune(model, graph, kept).eval(), 0.0
-    with torch.inference_mode():
-        for start in range(0, len(images), 128):
-            part = images[slice(start, start + 128)]
-            loss += F.cross_entropy(small(normalize(part.pixels).contiguous()), part.labels, reduction="sum").item()
-    return loss / len(images)
-
-
-def plain_training(model: nn.Module, images: Images) -> None:
-    """One epoch in float32, NCHW, batches of 128, without augmentation."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    model.train()
-    for start in range(0, len(images), 128):
-        part = images[slice(start, start + 128)]
-        optimizer.zero_grad()
-        F.cross_entropy(model(normalize(part.pixels).contiguous()), part.labels).backward()
-        optimizer.step()
-
-
-def random_images(count: int, side: int = 32, seed: int = 0) -> Images:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
-    return Images(pixels, torch.randint(0, 10, (count,), generator=generator))
 
 
 def selection() -> list[dict]:
@@ -176,27 +112,43 @@ def training(compute: Compute, count: int) -> list[dict]:
 
 
 def latency(compute: Compute, repetitions: int) -> pd.DataFrame:
-    """Latency of networks cut by the committed ranking, relative to the dense one."""
+    """Latency relative to the dense network's of networks cut by the committed ranking: as they are, and as fused.
+
+    `fused` is what evaluates candidates: BatchNorm folded, activations and sums inside the convolutions.
+    """
     dense = models.load_weights(models.resnet56(), COMMITTED / "baseline.safetensors").eval()
     graph = legr.trace(dense, torch.zeros(1, 3, 32, 32))
     norms, ranking = legr.filter_norms(dense, graph), legr.Ranking.load(COMMITTED / "ranking.json")
-    networks, flops = {"dense": dense}, {"dense": graph.flops()}
-    for fraction in (0.7, 0.47, 0.3):
-        for method, kept in (
-            ("legr", legr.select(graph, ranking.scores(norms), fraction)),
-            ("uniform", legr.select_uniform(graph, norms, fraction)),
+    kept = {("dense", 1.0, 1): [torch.ones(width, dtype=torch.bool) for width in graph.widths]}
+    for fraction, round_to in itertools.product((0.7, 0.47, 0.3), (1, 8, 16)):
+        for method, select, values in (
+            ("legr", legr.select, ranking.scores(norms)),
+            ("uniform", legr.select_uniform, norms),
         ):
-            networks[f"{method} {fraction}"], flops[f"{method} {fraction}"] = (
-                legr.prune(dense, graph, kept),
-                graph.flops(kept),
-            )
-    networks = {k: n.to(compute.device, memory_format=torch.channels_last) for k, n in networks.items()}
-    table = measure(networks, 32, (1, 128), compute, repetitions, 3)
-    first = table[table.network == "dense"].set_index("batch").latency_ms
-    return table.assign(
-        flops_ratio=[flops[n] / flops["dense"] for n in table.network],
-        latency_ratio=[ms / first[b] for ms, b in zip(table.latency_ms, table.batch, strict=True)],
-    )
+            try:
+                kept[method, fraction, round_to] = select(graph, values, fraction, round_to=round_to)
+            except legr.UserError:
+                continue  # with wide steps a low target is out of reach
+    tables = []
+    for fused in (False, True):
+        if fused and not can_be_fast(compute.device, compute.dtype):
+            continue
+        networks = {key: legr.prune(dense, graph, masks) for key, masks in kept.items()}
+        ready = {
+            key: fast_inference(n, compute.dtype) if fused else n.to(compute.device, memory_format=torch.channels_last)
+            for key, n in networks.items()
+        }
+        table = measure(ready, 32, (1, 128), compute, repetitions, 3)
+        keys = table.pop("network")
+        first = table[[key[0] == "dense" for key in keys]].set_index("batch").latency_ms
+        table["latency_ratio"] = [ms / first[b] for ms, b in zip(table.latency_ms, table.batch, strict=True)]
+        table.insert(0, "method", [key[0] for key in keys])
+        table.insert(1, "target", [key[1] for key in keys])
+        table.insert(2, "round_to", [key[2] for key in keys])
+        table.insert(3, "fused", fused)
+        table["flops_ratio"] = [graph.flops(kept[key]) / graph.flops() for key in keys]
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def slider() -> list[dict]:

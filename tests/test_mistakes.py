@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from experiments.__main__ import main
 from experiments.datasets import CIFAR10_CLASSES
+from legr import models
+from legr.errors import UserError
 from tests.conftest import NAME, PHOTOS, PROJECT
 
 WNIDS = ("n01440764", "n02102040")
@@ -363,3 +365,14 @@ def test_in_files(done, tmp_path, notebook, spoil, message):
     assert not (folder / "ran").exists()
     after = files(folder)
     assert {k: v for k, v in after.items() if not k.startswith((".state", "legr/__", "experiments/__"))} == before
+
+
+@pytest.mark.parametrize("size", [0, 10, 5_000])
+def test_half_of_an_archive_is_one_sentence(tmp_path, size):
+    """What torch.save writes is a zip file."""
+    model = models.build("resnet56", 10, 0)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    os.truncate(tmp_path / "weights.pth", size)
+    with pytest.raises(UserError, match=r"weights file .*weights\.pth is not a whole state dict") as error:
+        models.load_weights(model, tmp_path / "weights.pth")
+    assert "\n" not in str(error.value)
