@@ -131,6 +131,7 @@ def without_times(value):
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
+@pytest.mark.harness
 def test_a_pipeline_killed_twenty_times(done, tmp_path):
     folder = tmp_path / "project"
     folder.mkdir()
