@@ -36,6 +36,7 @@ POINTWISE_FUNCTIONS = {
     torch.relu, F.relu, F.relu6, F.leaky_relu, F.gelu, F.silu, F.mish, F.elu, F.hardswish, F.hardsigmoid,
     torch.sigmoid, torch.tanh, F.dropout, F.dropout2d,
 }  # fmt: skip
+TORCHVISIONS = {"stochastic_depth"}  # pointwise too; by name, for importing torchvision takes seconds
 CHANNELWISE_FUNCTIONS = POINTWISE_FUNCTIONS | {
     F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
 }  # fmt: skip
@@ -324,9 +325,7 @@ class _Labeller:
         function = node.target
         if function in JOINING:
             self.joining(node)
-        elif (
-            function in POINTWISE_FUNCTIONS or getattr(function, "__name__", "") == "stochastic_depth"
-        ):  # torchvision's
+        elif function in POINTWISE_FUNCTIONS or getattr(function, "__name__", "") in TORCHVISIONS:
             self.like(node, node.args[0])
         elif function in CHANNELWISE_FUNCTIONS:
             self.labels[node] = self.of(node, node.args[0])

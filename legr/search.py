@@ -80,7 +80,7 @@ class Evolution:
 
         With `start` the first is that, and those that would be random are its mutants.
         """
-        candidate = self._next(len(self.history) + len(self.pending))
+        candidate = self._next(self.asked)
         self.pending.append((candidate, self.hopeless))
         return candidate
 
