@@ -31,7 +31,9 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the notebook")
     arguments = parser.parse_args()
     try:
-        places = [read_params(arguments.scale, experiment)[2] for experiment in arguments.experiment]
+        parameters = dict(_pair(text) for text in arguments.set)
+        elsewhere = parameters.get("results")
+        places = [read_params(arguments.scale, experiment, elsewhere)[2] for experiment in arguments.experiment]
         if arguments.stage in ("data", "report"):
             from experiments import datasets, report
             from experiments.config import workspace
@@ -44,7 +46,7 @@ def main() -> int:
                     datasets.prepare(space.settings.data, space.downloads, space.images)
         else:
             for place in places:
-                execute(arguments.stage, place, dict(_pair(text) for text in arguments.set))
+                execute(arguments.stage, place, parameters)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -70,7 +72,7 @@ def execute(name: str, space: Places, parameters: dict[str, str]) -> None:
     if wrong := [k for k in parameters if k not in known]:
         raise UserError(f"--set names {wrong[0]!r}; notebook {name} has the parameters {', '.join(known)}")
     values = {"scale": space.scale, "experiment": space.name} | {k: _value(v) for k, v in parameters.items()}
-    suffix = "".join(f"-{v}" for v in parameters.values())
+    suffix = "".join(f"-{v}" for k, v in parameters.items() if k not in ("results", "overrides"))
     state = space.stage_state(name + suffix)
     os.environ["LEGR_STATE"] = str(state)
     # glibc hands large blocks back to the system at once, and a network takes the same ones in every step.

@@ -242,6 +242,13 @@ def test_on_the_command_line(project, monkeypatch, capsys, arguments, code, mess
     assert files(project) == before
 
 
+def test_a_run_in_another_folder_leaves_the_results_alone(project, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("experiments.__main__.execute", lambda name, place, parameters: asked.append(place.results))
+    run(monkeypatch, capsys, "2_ranking", "--scale", "demo", "--experiment", NAME, "--set", "results=playground")
+    assert asked == [project / "playground" / "demo" / NAME]
+
+
 def spoil_ranking(change):
     def spoil(results):
         path = results / "ranking.json"
