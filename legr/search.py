@@ -195,8 +195,8 @@ def learn_ranking(
         start: a ranking to search on from; None starts with random ones, as the paper does.
         executor: judges `settings.in_flight` candidates at a time, such as `parallel.LocalWorkers(2)` or Dask's
             `Client.get_executor()`; None judges here, one after the other. The result depends on `settings`
-            alone, never on the executor or on which candidate is done first. A worker that dies costs its
-            candidate a retry.
+            alone, never on the executor or on which candidate is done first; to the bit, if all judge with
+            the same number of threads. A worker that dies costs its candidate a retry.
     """
     settings, fitness = settings or SearchSettings(), fitness or FitnessSettings()
     compute = (compute or Compute()).resolve()

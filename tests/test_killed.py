@@ -79,9 +79,10 @@ def test_a_search_killed_a_hundred_times(tmp_path, digits, compute):
         torch.set_num_threads(1)
         model = network()
         graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
+        own = compute.model_copy(update={"threads": 1})
         settings = SearchSettings(population=12, evaluations=32, sample=4, in_flight=2, racing=0.2)  # demo's sizes
         fitness = FitnessSettings(kind="recalibrated", recalibration_images=250)
-        result = learn_ranking(model, graph, digits, 0.47, settings, fitness, compute, folder / "state")
+        result = learn_ranking(model, graph, digits, 0.47, settings, fitness, own, folder / "state")
         history = result.history.drop(columns="seconds").to_dict("list")
         result.ranking.save(folder / "ranking.json")
         (folder / "result").write_text((folder / "ranking.json").read_text() + json.dumps(history))
@@ -93,7 +94,8 @@ def test_a_training_killed_twenty_times(tmp_path, digits, compute):
     def training(folder: Path) -> None:
         torch.set_num_threads(1)
         model, recipe = network(), Recipe(epochs=8, batch_size=32, lr=0.05, flip=False)
-        rows = train(model, digits.fit, recipe, compute, seed=0, state_folder=folder / "state")
+        own = compute.model_copy(update={"threads": 1})
+        rows = train(model, digits.fit, recipe, own, seed=0, state_folder=folder / "state")
         told = rows.drop(columns="seconds").to_dict("list")
         (folder / "result").write_text(tensors_digest(model.state_dict()) + json.dumps(told))
 

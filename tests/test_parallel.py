@@ -42,10 +42,15 @@ class LastFirst(Executor):
 
 @pytest.fixture
 def search(small, digits, compute):
-    def learn(executor, settings=SETTINGS, **more):
-        return learn_ranking(*small, digits, 0.6, settings, FITNESS, compute, executor=executor, **more)
+    before = torch.get_num_threads()
 
-    return learn
+    def learn(executor, settings=SETTINGS, threads=before, **more):
+        """With one thread, the result of a worker that has one is the same to the bit."""
+        own = compute.model_copy(update={"threads": threads})
+        return learn_ranking(*small, digits, 0.6, settings, FITNESS, own, executor=executor, **more)
+
+    yield learn
+    torch.set_num_threads(before)
 
 
 def same(one, other):
@@ -62,31 +67,25 @@ def test_the_result_depends_on_the_settings_alone(search):
     assert search(None, SETTINGS.model_copy(update={"in_flight": 1})).candidates != here.candidates
 
 
-def test_on_processes_even_when_they_die(search, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the workers
-    here = search(None)
-    torch.set_num_threads(threads)
+def test_on_processes_even_when_they_die(search):
+    here = search(None, threads=1)
     with LocalWorkers(2) as executor:
 
         def kill(row):
             if row["evaluation"] in (3, 11):
                 os.kill(next(iter(executor.pool._processes)), signal.SIGKILL)
 
-        same(here, search(executor, log=kill))
+        same(here, search(executor, log=kill, threads=1))
 
 
 def test_on_a_dask_cluster(search):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    here = search(None)
-    torch.set_num_threads(threads)
+    here = search(None, threads=1)
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
         client.run(torch.set_num_threads, 1)
-        same(here, search(client.get_executor()))
+        same(here, search(client.get_executor(), threads=1))
 
 
 def test_a_search_killed_on_processes_goes_on_and_leaves_none_behind(tmp_path):
