@@ -44,6 +44,7 @@ def test_the_library_pages_examples_run(tmp_path, number):
 
 
 @pytest.mark.slow
+@pytest.mark.harness
 def test_the_commands_for_tweaking_work(done, tmp_path):
     folder = tmp_path / "clone"
     shutil.copytree(done, folder, ignore=shutil.ignore_patterns(".dvc", "playground", "plots"))

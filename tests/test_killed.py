@@ -26,7 +26,7 @@ from legr.state import tensors_digest
 from legr.training import Recipe, train
 from tests.conftest import NAME, PHOTOS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.harness]
 FORKED = multiprocessing.get_context("fork")  # all is imported already
 
 
@@ -133,7 +133,6 @@ def without_times(value):
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.harness
 def test_a_pipeline_killed_twenty_times(done, tmp_path):
     folder = tmp_path / "project"
     folder.mkdir()

@@ -356,6 +356,7 @@ FILES = [
 
 
 @pytest.mark.slow
+@pytest.mark.harness
 @pytest.mark.parametrize(("notebook", "spoil", "message"), [m[1:] for m in FILES], ids=[m[0] for m in FILES])
 def test_in_files(done, tmp_path, notebook, spoil, message):
     folder = tmp_path / "project"
