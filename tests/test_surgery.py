@@ -5,32 +5,19 @@ import torch
 from torch import nn
 
 import legr
+from benchmarks.networks import silenced
 from legr.surgery import load_pruned, save_pruned
 from tests.conftest import random_kept, settle
 
 
-def masked(model: nn.Module, graph: legr.Graph, kept) -> nn.Module:
-    """`model` with dropped filters silenced in place: no weights, and nothing left of them after BatchNorm."""
-    units = graph.kept_units(kept)
-    with torch.no_grad():
-        for operation in graph.operations:
-            module = model.get_submodule(operation.module) if operation.module else None
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
-                gone = torch.from_numpy(~graph.kept_channels(units, operation.outputs))
-                module.weight[gone] = 0
-                if module.bias is not None:
-                    module.bias[gone] = 0
-    return model
-
-
 @pytest.mark.parametrize("seed", range(4))
-def test_pruned_equals_masked(network, seed):
+def test_pruned_equals_silenced(network, seed):
     graph = legr.trace(network, torch.zeros(1, 3, 32, 32))
     kept = random_kept(graph, seed, share=[0.2, 0.5, 0.8, 1.0][seed])
     small = legr.prune(network, graph, kept)
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
-        torch.testing.assert_close(small(x), masked(network, graph, kept)(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(small(x), silenced(network, graph, kept)(x), rtol=1e-5, atol=1e-5)
     expected = [int(k.sum()) for k in kept]
     assert [small.get_submodule(layer.name).out_channels for layer in graph.layers] == expected
 
@@ -43,7 +30,7 @@ def test_pruned_equals_masked_on_the_papers_networks(name, classes, side):
     small = legr.prune(model, graph, kept)
     x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = masked(model, graph, kept)(x)
+        expected = silenced(model, graph, kept)(x)
         scale = expected.abs().max()
         torch.testing.assert_close(small(x) / scale, expected / scale, rtol=1e-5, atol=1e-5)
 
