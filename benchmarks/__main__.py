@@ -172,7 +172,7 @@ def main() -> None:
         "device": compute.device,
         "precision": compute.precision,
         "threads": compute.threads,
-        "processor": platform.machine(),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__.split("+")[0],
         "images": "random",
     }

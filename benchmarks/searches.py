@@ -6,6 +6,7 @@ batches of 128, the network read and cut anew, all images). Writes results/bench
 
 import argparse
 import math
+import operator
 import time
 from pathlib import Path
 
@@ -21,41 +22,29 @@ from legr.data import Dataset
 from legr.errors import UserError
 from legr.files import write_json, write_text
 from legr.fitness import FitnessSettings
-from legr.parallel import LocalWorkers
 from legr.search import SearchSettings, learn_ranking
 from legr.training import Compute
 
 RESULTS = Path("results/benchmarks")
 FRACTION = 0.47
-PROCEDURES = {  # workers, what differs from the plain search
-    "plain": (1, {}),
-    "racing": (1, {"racing": 0.05}),
-    "racing, two processes": (2, {"racing": 0.05, "in_flight": 2}),
-}
+RACING = 0.05
 
 
 def run(images: Dataset, settings: SearchSettings, compute: Compute) -> pd.DataFrame:
-    """Columns procedure, seed, evaluation, seconds (since its search began), loss, best, images."""
+    """Columns procedure, seed, evaluation, seconds (since its search began), loss, best, images, same_candidate."""
     space = workspace("laptop", "cifar10-resnet56")
     model = models.load_weights(models.resnet56(), space.baseline)
     graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
-    tables, fitness = [], FitnessSettings()
-    for name, (workers, changes) in PROCEDURES.items():
-        own = settings.model_copy(update=changes)
-        if workers == 1:
-            result = learn_ranking(model, graph, images, FRACTION, own, fitness, compute)
-        else:
-            with LocalWorkers(workers) as executor:
-                for future in [executor.submit(int) for _ in range(workers)]:
-                    future.result()  # the processes are there: a session starts them once
-                result = learn_ranking(model, graph, images, FRACTION, own, fitness, compute, executor=executor)
-        if name == "plain":
-            table = yardstick(space.baseline, graph, result.candidates, images)
-            tables.append(table.assign(procedure="yardstick", seed=settings.seed))
-        table = result.history.assign(procedure=name, seed=settings.seed)
-        tables.append(table.assign(seconds=table.seconds.cumsum()))
-    columns = ["procedure", "seed", "evaluation", "seconds", "loss", "best", "images"]
-    return pd.concat(tables, ignore_index=True)[columns]
+    raced = settings.model_copy(update={"racing": RACING})
+    plain, racing = (
+        learn_ranking(model, graph, images, FRACTION, own, FitnessSettings(), compute) for own in (settings, raced)
+    )
+    tables = [yardstick(space.baseline, graph, plain.candidates, images).assign(procedure="yardstick")]
+    for name, result in (("plain", plain), ("racing", racing)):
+        table = result.history.assign(procedure=name, seconds=result.history.seconds.cumsum())
+        tables.append(table.assign(same_candidate=[*map(operator.eq, result.candidates, plain.candidates)]))
+    columns = ["procedure", "seed", "evaluation", "seconds", "loss", "best", "images", "same_candidate"]
+    return pd.concat(tables, ignore_index=True).assign(seed=settings.seed)[columns]
 
 
 def yardstick(weights: Path, graph: legr.Graph, candidates: list[legr.Ranking], images: Dataset) -> pd.DataFrame:
@@ -64,7 +53,7 @@ def yardstick(weights: Path, graph: legr.Graph, candidates: list[legr.Ranking], 
         loss = plain_evaluation(weights, graph, candidate, FRACTION, images.holdout)
         best = min(best, loss)
         rows.append({"evaluation": number, "seconds": time.perf_counter() - start, "loss": loss, "best": best})
-    return pd.DataFrame(rows).assign(images=len(images.holdout))
+    return pd.DataFrame(rows).assign(images=len(images.holdout), same_candidate=True)
 
 
 def summary(curves: pd.DataFrame) -> pd.DataFrame:
@@ -85,6 +74,7 @@ def summary(curves: pd.DataFrame) -> pd.DataFrame:
                     "reached_after": reached.min() if len(reached) else math.nan,
                     "share_of_yardstick": reached.min() / whole if len(reached) else math.nan,
                     "images_seen": own.images.sum() / (len(own) * own.images.max()),
+                    "same_candidates": own.same_candidate.mean(),
                 }
             )
     return pd.DataFrame(rows)
@@ -116,7 +106,7 @@ def main() -> None:
     caption = (
         f"CIFAR-10, ResNet-56 at {FRACTION:.0%} FLOPs, loss as cut on {len(images.holdout):,} held-out images · "
         f"{arguments.evaluations} evaluations, seeds 0 to {arguments.seeds - 1} · {compute.device}, "
-        f"{compute.threads} threads, {compute.precision}; yardstick float32"
+        f"{compute.threads} threads, {torch.backends.cpu.get_cpu_capability()}, {compute.precision}; yardstick float32"
     )
     write_text(RESULTS / "searches.csv", summary(table).to_csv(index=False, float_format="%.5g"))
     write_json(RESULTS / "searches.json", {"caption": caption, "torch": torch.__version__.split("+")[0]})

@@ -6,9 +6,10 @@ BatchNorm statistics on training images first. `steps` takes τ gradient steps f
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from torch import nn
@@ -18,8 +19,9 @@ from legr.graph import Graph
 from legr.inference import can_be_fast, fast_inference
 from legr.ranking import Ranking, check_fraction, filter_norms, select
 from legr.surgery import prune
-from legr.training import Compute, Recipe, evaluate, recalibrate, train
+from legr.training import Compute, Recipe, evaluate, image_losses, recalibrate, train
 
+KEPT = 64  # networks that `Fitness.part` remembers
 Kind = Literal["loss", "recalibrated", "steps"]
 
 
@@ -59,6 +61,7 @@ class Fitness:
     settings: FitnessSettings
     compute: Compute
     seed: int = 0
+    _kept: dict[Ranking, nn.Module] = field(default_factory=dict, init=False, repr=False)  # the last used is last
 
     def __post_init__(self):
         check_fraction("flops", self.flops)
@@ -82,34 +85,39 @@ class Fitness:
             tune(small, self.training, self.settings, self.compute, self.seed)
         return small
 
-    def __call__(self, ranking: Ranking, stop_above: float = math.inf) -> dict[str, float]:
-        """Validation `loss` and `accuracy` of `network(ranking)`, and how many `images` that took.
-
-        Of several networks the mean loss, and the accuracy of the largest. Once the loss is bound to come out
-        above `stop_above` it stops: `loss` is then a lower bound that lies above it.
-        """
+    def __call__(self, ranking: Ranking) -> dict[str, float]:
+        """Validation `loss` and `accuracy` of `network(ranking)`; of several networks the mean, and the largest's."""
         counts = self.settings.counts(self.flops)
         guess = math.log(len(self.data.classes)) if len(counts) > 1 else math.inf
         losses: list[float] = []
-        found = {"accuracy": math.nan, "images": 0}
+        accuracy = math.nan
         for flops in counts:
-            left = stop_above * len(counts) - sum(losses)  # no network's loss can be negative
-            if left < 0 or (losses and not losses[-1] < guess):
-                break
-            result = self._judge(self.network(ranking, flops), left)
+            result = evaluate(self._ready(ranking, flops), self.validation, self.compute)
+            accuracy = accuracy if losses else result["accuracy"]
             losses.append(result["loss"] if result["loss"] < guess else guess)
-            found = {
-                "accuracy": found["accuracy"] if len(losses) > 1 else result["accuracy"],
-                "images": found["images"] + result["images"],
-            }
-        if losses and not losses[-1] < guess:
-            losses += [guess] * (len(counts) - len(losses))
-        return {"loss": sum(losses) / len(counts), **found}
+            if losses[-1] == guess:
+                break
+        losses += [guess] * (len(counts) - len(losses))
+        return {"loss": sum(losses) / len(counts), "accuracy": accuracy}
 
-    def _judge(self, network: nn.Module, stop_above: float) -> dict[str, float]:
+    def part(self, ranking: Ranking, start: int, stop: int) -> np.ndarray:
+        """Of the validation images from `start` to `stop`: their losses, and 1 where right; float32 [2, stop - start].
+
+        Over all images, the mean of the losses is the loss. The network is kept, for the next part.
+        """
+        network = self._kept.pop(ranking, None) or self._ready(ranking, self.flops)
+        self._kept[ranking] = network
+        if len(self._kept) > KEPT:
+            oldest, *_ = self._kept
+            self._kept.pop(oldest, None)  # threads may share a fitness
+        losses, right = image_losses(network, self.validation[start:stop], self.compute)
+        return torch.stack([losses, right.float()]).cpu().numpy()
+
+    def _ready(self, ranking: Ranking, flops: float) -> nn.Module:
+        network = self.network(ranking, flops)
         if can_be_fast(self.compute.device, self.compute.dtype):
             network = fast_inference(network, self.compute.dtype)
-        return evaluate(network, self.validation, self.compute, stop_above=stop_above)
+        return network
 
 
 def tune(model: nn.Module, images: Images | Files, settings: FitnessSettings, compute: Compute, seed: int) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from legr.errors import UserError
@@ -17,7 +18,8 @@ from legr.fitness import Fitness
 from legr.ranking import Ranking
 
 TRIES = 3  # a worker that dies costs its candidate one of them
-Result = dict[str, float]
+Part = tuple[int, int] | None  # the validation images from one to another, or all
+Result = dict[str, float] | np.ndarray  # as `Fitness` gives for all, and for a part
 
 
 @dataclass
@@ -25,8 +27,12 @@ class Task:
     """A candidate that is being judged."""
 
     ranking: Ranking
-    stop_above: float
+    part: Part
     future: Future
+
+
+def judge(fitness: Fitness, ranking: Ranking, part: Part) -> Result:
+    return fitness(ranking) if part is None else fitness.part(ranking, *part)
 
 
 class Judges:
@@ -36,8 +42,8 @@ class Judges:
         self.executor, self.fitness = executor, pickle.dumps(fitness)
         self.name = hashlib.sha256(self.fitness).hexdigest()
 
-    def submit(self, ranking: Ranking, stop_above: float) -> Task:
-        return Task(ranking, stop_above, self._send(ranking, stop_above))
+    def submit(self, ranking: Ranking, part: Part = None) -> Task:
+        return Task(ranking, part, self._send(ranking, part))
 
     def result(self, task: Task) -> Result:
         """Waits for a candidate's fitness; UserError if its judging failed three times."""
@@ -45,7 +51,7 @@ class Judges:
             try:
                 result = task.future.result()
                 if result is None:
-                    result = self._send(task.ranking, task.stop_above, self.fitness).result()
+                    result = self._send(task.ranking, task.part, self.fitness).result()
                 return result
             except UserError:
                 raise
@@ -55,17 +61,17 @@ class Judges:
                         f"executor failed {TRIES} times to judge one candidate ({type(error).__name__}: {error}); "
                         "look at its workers' memory and logs"
                     ) from error
-                task.future = self._send(task.ranking, task.stop_above)
+                task.future = self._send(task.ranking, task.part)
         raise AssertionError
 
-    def _send(self, ranking: Ranking, stop_above: float, fitness: bytes | None = None) -> Future:
-        return self.executor.submit(_judge, self.name, fitness, ranking, stop_above)
+    def _send(self, ranking: Ranking, part: Part, fitness: bytes | None = None) -> Future:
+        return self.executor.submit(_judge, self.name, fitness, ranking, part)
 
 
 _known: dict[str, Fitness] = {}  # in a worker: the fitness it was sent last
 
 
-def _judge(name: str, pickled: bytes | None, ranking: Ranking, stop_above: float) -> Result | None:
+def _judge(name: str, pickled: bytes | None, ranking: Ranking, part: Part) -> Result | None:
     """In a worker: the candidate's fitness, or None where the worker has not got what judges it."""
     fitness = _known.get(name)
     if fitness is None:
@@ -74,7 +80,7 @@ def _judge(name: str, pickled: bytes | None, ranking: Ranking, stop_above: float
         fitness = pickle.loads(pickled)
         _known.clear()
         _known[name] = fitness
-    return fitness(ranking, stop_above)
+    return judge(fitness, ranking, part)
 
 
 class LocalWorkers(Executor):

@@ -1,9 +1,8 @@
 """Algorithm 1: regularized evolution over (α, κ), as ask and tell, with a state that survives a kill."""
 
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from legr.errors import UserError
 from legr.files import digest, write_text
 from legr.fitness import Fitness, FitnessSettings
 from legr.graph import Graph
-from legr.parallel import Judges
+from legr.parallel import Judges, Part, Task, judge
+from legr.racing import Race
 from legr.ranking import Ranking, check_fraction, norm_deviations, random_ranking
 from legr.state import tensors_digest
 from legr.training import Compute
@@ -37,7 +37,8 @@ class SearchSettings(BaseModel):
     sample: PositiveInt = 16  # S, drawn with replacement
     seed: NonNegativeInt = 0
     in_flight: PositiveInt = 1  # candidates judged at the same time: a mutant does not know the last in_flight - 1
-    racing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # see `Evolution.hopeless`; 0: every candidate is judged fully
+    # How probably racing may make the search another one than without it, see `legr.racing`; 0: no racing.
+    racing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
     def _enough(self) -> "SearchSettings":
@@ -52,19 +53,29 @@ class Evolution:
     """Regularized evolution: `ask` for a candidate, `tell` its loss, until `done`.
 
     Several may be asked for before the first is told; they are told in the order they were asked for.
+    Candidates are numbered in that order, from 0.
 
     The state (`state`, `restore`) is plain JSON and holds the random generator too, so a restored
     search asks for the same candidates as an undisturbed one.
     """
 
-    def __init__(self, norms: list, settings: SearchSettings, start: Ranking | None = None):
+    def __init__(
+        self,
+        norms: list,
+        settings: SearchSettings,
+        start: Ranking | None = None,
+        lowest: Callable[[Iterable[int]], int] | None = None,
+    ):
+        """`lowest` picks the candidate with the lowest loss of those with the given numbers; None goes by the
+        losses told."""
         self.settings, self.start = settings, start
         self.norms, self.deviations = norms, norm_deviations(norms)
         self.generator = np.random.default_rng(settings.seed)
-        self.population: list[tuple[float, Ranking]] = []  # oldest first
         self.history: list[dict[str, Any]] = []
         self.candidates: list[Ranking] = []
-        self.pending: list[tuple[Ranking, float]] = []  # asked for and not told yet, with `hopeless` then
+        self.pending: list[Ranking] = []  # asked for and not told yet
+        self.champion = 0
+        self.lowest = lowest or (lambda numbers: min(numbers, key=lambda number: self.history[number]["loss"]))
 
     @property
     def done(self) -> bool:
@@ -73,7 +84,13 @@ class Evolution:
     @property
     def best(self) -> Ranking:
         """The candidate with the lowest loss so far."""
-        return self.candidates[int(np.argmin([row["loss"] for row in self.history]))]
+        return self.candidates[self.champion]
+
+    @property
+    def population(self) -> range:
+        """The numbers of the last P candidates told, oldest first."""
+        told = len(self.history)
+        return range(max(told - self.settings.population, 0), told)
 
     def ask(self) -> Ranking:
         """The next candidate: random at first (the P-th is norm-only), then a mutant of a tournament's winner.
@@ -81,39 +98,23 @@ class Evolution:
         With `start` the first is that, and those that would be random are its mutants.
         """
         candidate = self._next(self.asked)
-        self.pending.append((candidate, self.hopeless))
+        self.pending.append(candidate)
         return candidate
 
     @property
     def asked(self) -> int:
         return len(self.history) + len(self.pending)
 
-    @property
-    def hopeless(self) -> float:
-        """The loss from which on a candidate can hardly matter: judging it need not go on. Infinite without racing.
-
-        A member is drawn for a tournament of S and wins it only if none of the b members with lower losses is
-        drawn, with probability (1 - b/P)^S at most; it lives for P tournaments. So while the population does not
-        get worse, it wins any of them with probability P (1 - b/P)^S at most. The loss returned is that of the
-        b-th best member, for the smallest b that brings this bound down to `racing`.
-        """
-        size, sample, racing = self.settings.population, self.settings.sample, self.settings.racing
-        if racing == 0:
-            return math.inf
-        better = math.ceil(size * (1 - (racing / size) ** (1 / sample)))
-        losses = sorted(loss for loss, _ in self.population)
-        return losses[better - 1] if better <= len(losses) else math.inf
-
     def _next(self, i: int) -> Ranking:
-        population = self.settings.population
-        if i == population - 1:
+        size = self.settings.population
+        if i == size - 1:
             return Ranking.norm_only(len(self.norms))
-        if i < population:
+        if i < size:
             if self.start is None:
                 return random_ranking(self.norms, self.generator)
             return self._mutant(self.start, i) if i else self.start
         drawn = self.generator.integers(0, len(self.population), self.settings.sample)
-        return self._mutant(min((self.population[d] for d in drawn), key=lambda member: member[0])[1], i)
+        return self._mutant(self.candidates[self.lowest(self.population[d] for d in drawn)], i)
 
     def _mutant(self, parent: Ranking, i: int) -> Ranking:
         step = 1 - i / (1.25 * self.settings.evaluations)
@@ -125,45 +126,39 @@ class Evolution:
 
     def tell(self, candidate: Ranking, loss: float, accuracy: float, seconds: float = 0.0, **more: float) -> None:
         """Record a candidate's fitness; it replaces the oldest member of a full population."""
-        if self.pending and self.pending[0][0] == candidate:
+        if self.pending and self.pending[0] == candidate:
             self.pending.pop(0)
         loss = loss if np.isfinite(loss) else float(np.finfo(np.float32).max)
+        number = len(self.history)
         self.candidates.append(candidate)
-        best = min([loss] + [row["loss"] for row in self.history])
-        row = {
-            "evaluation": len(self.history) + 1,
-            "loss": loss,
-            "accuracy": accuracy,
-            "best": best,
-            "seconds": seconds,
-            **more,
-        }
-        self.history.append(row)
-        self.population = [*self.population, (loss, candidate)][-self.settings.population :]
+        row = {"evaluation": number + 1, "loss": loss, "accuracy": accuracy, "best": loss, "seconds": seconds}
+        self.history.append(row | more)
+        self.champion = self.lowest(dict.fromkeys((self.champion, number)))
+        self.history[number]["best"] = self.history[self.champion]["loss"]
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the search depends on."""
         return {
             "generator": self.generator.bit_generator.state,
             "history": self.history,
+            "champion": self.champion,
             "candidates": [[c.scale, c.shift] for c in self.candidates],
-            "pending": [[c.scale, c.shift, hopeless] for c, hopeless in self.pending],
+            "pending": [[c.scale, c.shift] for c in self.pending],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.generator.bit_generator.state = state["generator"]
-        self.history = state["history"]
+        self.history, self.champion = state["history"], state["champion"]
         self.candidates = [Ranking(tuple(scale), tuple(shift)) for scale, shift in state["candidates"]]
-        self.pending = [(Ranking(tuple(scale), tuple(shift)), hopeless) for scale, shift, hopeless in state["pending"]]
-        members = zip((row["loss"] for row in self.history), self.candidates, strict=True)
-        self.population = list(members)[-self.settings.population :]
+        self.pending = [Ranking(tuple(scale), tuple(shift)) for scale, shift in state["pending"]]
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """`ranking`: the best (α, κ). `history`: evaluation, loss, accuracy, best (so far), seconds, images.
 
-    `images` is how many were seen: with racing fewer than all where `loss` is a lower bound.
+    `loss` and `accuracy` are means over the number of validation `images` that were seen: with racing not always
+    all. `best` is always of all. `seconds` is the time from the row before to this one.
     """
 
     ranking: Ranking
@@ -201,8 +196,10 @@ def learn_ranking(
     settings, fitness = settings or SearchSettings(), fitness or FitnessSettings()
     compute = (compute or Compute()).resolve()
     check_fraction("flops", flops)
-    judge = Fitness(model, graph, data, flops, fitness, compute, settings.seed)
-    evolution = Evolution(judge.norms, settings, start)
+    if settings.racing and len(fitness.counts(flops)) > 1:
+        raise UserError(f"racing is {settings.racing}; it must be 0 where also_at has further FLOP counts to judge at")
+    judged = Fitness(model, graph, data, flops, fitness, compute, settings.seed)
+    search = _Search(judged, settings, start, Judges(judged, executor) if executor else None)
     path = None
     if state_folder is not None:
         depends = [
@@ -216,23 +213,76 @@ def learn_ranking(
         path = Path(state_folder) / f"search-{digest([*depends, compute.identity()])}.json"
         if path.exists():
             try:
-                evolution.restore(json.loads(path.read_text(encoding="utf-8")))
+                search.restore(json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"search state {path} is corrupt; delete it to search from the start") from None
-    judges = Judges(judge, executor) if executor else None
-    tasks = [judges.submit(*asked) for asked in evolution.pending] if judges else []
-    clock = time.perf_counter()
-    while not evolution.done:
-        while len(evolution.pending) < settings.in_flight and evolution.asked < settings.evaluations:
-            evolution.ask()
-            if judges:
-                tasks.append(judges.submit(*evolution.pending[-1]))
-        candidate, hopeless = evolution.pending[0]
-        result = judges.result(tasks.pop(0)) if judges else judge(candidate, hopeless)
-        clock, before = time.perf_counter(), clock
-        evolution.tell(candidate, seconds=clock - before, **result)
+    while not search.evolution.done:
+        search.step()
         if path is not None:
-            write_text(path, json.dumps(evolution.state()))
+            write_text(path, json.dumps(search.state()))
         if log:
-            log(evolution.history[-1])
+            log(search.evolution.history[-1])
+    evolution = search.evolution
     return SearchResult(evolution.best, pd.DataFrame(evolution.history), evolution.candidates)
+
+
+class _Search:
+    """An evolution and what judges its candidates: here or on an executor's workers, fully or by racing."""
+
+    def __init__(self, fitness: Fitness, settings: SearchSettings, start: Ranking | None, judges: Judges | None):
+        self.fitness, self.settings, self.judges = fitness, settings, judges
+        self.images = len(fitness.validation)
+        self.race: Race | None = None
+        self.first: Part = None  # the images that a candidate is judged on before it is told
+        if settings.racing:
+            comparisons = settings.evaluations * (settings.sample + 1)  # a tournament's, and one with the best so far
+            self.race = Race(self.images, settings.racing, comparisons, self._see)
+            self.first = (0, self.race.looks[0])
+        self.evolution = Evolution(fitness.norms, settings, start, self.race.lowest if self.race else None)
+        self.tasks: list[Task] = []  # of the evolution's pending candidates
+        self.clock = time.perf_counter()
+
+    def step(self) -> None:
+        """Judge one candidate, and send others on their way."""
+        evolution = self.evolution
+        while len(evolution.pending) < self.settings.in_flight and evolution.asked < self.settings.evaluations:
+            candidate = evolution.ask()
+            if self.judges:
+                self.tasks.append(self.judges.submit(candidate, self.first))
+        candidate, number = evolution.pending[0], len(evolution.history)
+        found = self.judges.result(self.tasks.pop(0)) if self.judges else judge(self.fitness, candidate, self.first)
+        if self.race is None:
+            evolution.tell(candidate, **found, images=self.images)
+        else:
+            self.race.tell(number, found[0])
+            evolution.tell(candidate, self.race.loss(number), float(found[1].mean()), images=found.shape[1])
+            self.race.finish(evolution.champion)
+            evolution.history[number]["best"] = self.race.loss(evolution.champion)
+            self.race.keep([*evolution.population, evolution.champion])
+        self.clock, before = time.perf_counter(), self.clock
+        evolution.history[number]["seconds"] = self.clock - before
+
+    def _see(self, numbers: list[int], upto: int) -> None:
+        """Judge told candidates on more images."""
+        race, history = self.race, self.evolution.history
+        work = [(self.evolution.candidates[number], (race.seen(number), upto)) for number in numbers]
+        if self.judges:
+            tasks = [self.judges.submit(*item) for item in work]
+            results = [self.judges.result(task) for task in tasks]
+        else:
+            results = [judge(self.fitness, *item) for item in work]
+        for number, found in zip(numbers, results, strict=True):
+            row, before = history[number], race.seen(number)
+            race.tell(number, found[0])
+            right = row["accuracy"] * before + float(found[1].sum())
+            row.update(loss=race.loss(number), accuracy=right / upto, images=upto)
+
+    def state(self) -> dict[str, Any]:
+        return self.evolution.state() | ({"losses": self.race.state()} if self.race else {})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.evolution.restore(state)
+        if self.race:
+            self.race.restore(state["losses"])
+        if self.judges:
+            self.tasks = [self.judges.submit(candidate, self.first) for candidate in self.evolution.pending]

@@ -19,7 +19,7 @@ from legr.parallel import Judges, LocalWorkers
 from legr.search import SearchSettings, learn_ranking
 
 SETTINGS = SearchSettings(population=6, evaluations=20, sample=3, in_flight=3, racing=0.5)
-FITNESS = FitnessSettings(kind="recalibrated", validation_images=64, recalibration_images=32)
+FITNESS = FitnessSettings(kind="recalibrated", recalibration_images=32)
 
 
 class LastFirst(Executor):
@@ -159,13 +159,13 @@ def test_the_fitness_is_sent_to_a_worker_once(small, digits, compute):
 
     with Counting(1) as executor:
         judges = Judges(Fitness(model, graph, digits, 0.6, FITNESS, compute, seed=5), executor)
-        tasks = [judges.submit(legr.Ranking.norm_only(7), float("inf")) for _ in range(4)]
+        tasks = [judges.submit(legr.Ranking.norm_only(7)) for _ in range(4)]
         assert len({judges.result(task)["loss"] for task in tasks}) == 1
     assert sum(fitness is not None for fitness in sent) <= 4  # those in flight when it was missing
     later = len(sent)
     with Counting(1) as executor:
         judges.executor = executor
-        judges.result(judges.submit(legr.Ranking.norm_only(7), float("inf")))
+        judges.result(judges.submit(legr.Ranking.norm_only(7)))
     assert all(fitness is None for fitness in sent[later:])
 
 
