@@ -16,6 +16,7 @@ lint: install
 
 bench: install
 	python -m benchmarks
+	jupyter nbconvert --log-level WARN --to notebook --execute benchmarks/speed.ipynb --output-dir results/benchmarks
 
 lab: install
 	jupyter lab notebooks

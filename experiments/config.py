@@ -80,6 +80,16 @@ class RankingSettings(Section):
             raise ValueError(f"workers is {self.workers}; it must be at most in_flight ({self.algorithm.in_flight})")
         return self
 
+    @model_validator(mode="after")
+    def _a_race_has_one_flop_count(self) -> "RankingSettings":
+        searches = [(self.algorithm.racing, self.fitness.also_at)]
+        if again := self.algorithm.restart:
+            searches.append((again.racing, again.also_at))
+        for racing, also_at in searches:
+            if racing and also_at:
+                raise ValueError(f"racing is {racing}; it must be 0 where also_at has further FLOP counts to judge at")
+        return self
+
 
 class FinetuneSettings(Section):
     recipe: Recipe

@@ -133,21 +133,24 @@ def search(history: pd.DataFrame, method: str, population: int, caption: str, re
 
 
 def search_times(curves: pd.DataFrame, caption: str) -> Figure:
-    """The best loss so far over the time that each procedure has searched; one thin line per seed.
+    """The best loss so far over the time that each procedure has searched; one panel per seed.
 
     Args:
         curves: columns procedure, seed, seconds, best.
     """
-    figure, axes = _figure(curves, caption, 1, 8, 4.6)
-    colors = ["#7F7F7F", *[COLORS[m] for m in ("legr", "norm", "uniform", "legr-tau0")]]
-    for color, (procedure, part) in zip(colors, curves.groupby("procedure", sort=False), strict=False):
-        for number, (_, line) in enumerate(part.groupby("seed")):
-            label = procedure if number == 0 else None
-            axes[0, 0].step(line.seconds, line.best, where="post", color=color, lw=1.6, alpha=0.8, label=label)
-    _losses(axes[0, 0], "y", curves.best)
-    axes[0, 0].set(xlabel="seconds since the search began", ylabel="best loss so far", xscale="log")
-    axes[0, 0].xaxis.set_major_formatter("{x:g}")
-    axes[0, 0].legend()
+    seeds = sorted(curves.seed.unique())
+    figure, axes = _figure(curves, caption, len(seeds), 4 * len(seeds), 4.2)
+    shades = ("#7F7F7F", COLORS["legr"], COLORS["norm"])
+    colors = dict(zip(curves.procedure.unique(), shades, strict=True))
+    for ax, seed in zip(axes[0], seeds, strict=True):
+        part = curves[curves.seed == seed]
+        for procedure, line in part.groupby("procedure", sort=False):
+            ax.step(line.seconds, line.best, where="post", color=colors[procedure], lw=2, label=procedure)
+            ax.plot(line.seconds.iloc[-1:], line.best.iloc[-1:], "o", ms=6, color=colors[procedure])  # its end
+        _losses(ax, "y", curves.best)
+        ax.set(title=f"seed {seed}", xlabel="seconds since the search began", xlim=(0, curves.seconds.max() * 1.05))
+    axes[0, 0].set_ylabel("best loss so far")
+    axes[0, -1].legend()
     return figure
 
 

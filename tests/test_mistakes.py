@@ -130,6 +130,11 @@ PARAMS = [
     ("too few evaluations", edit("search.algorithm.evaluations", 3), "evaluations is 3; it must be at least popu"),
     ("too many in flight", edit("search.algorithm.in_flight", 13), "in_flight is 13; it must be at most population"),
     ("certain racing", edit("search.algorithm.racing", 1), "racing is 1"),
+    (
+        "racing at several FLOP counts",
+        edit("search.algorithm.restart", {"population": 2, "evaluations": 2, "racing": 0.1, "also_at": [0.7]}),
+        "racing is 0.1; it must be 0 where also_at has further FLOP counts",
+    ),
     ("idle workers", edit("search.workers", 4), "workers is 4; it must be at most in_flight"),
     ("no such fitness", edit("search.rankings.legr", "accuracy"), "rankings.legr is 'accuracy'"),
     ("no such ranking", edit("search.rankings.mine", "loss"), "method is 'mine'; here it must be one of"),

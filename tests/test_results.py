@@ -67,6 +67,26 @@ def test_the_readme_says_what_was_measured(name, title):
         assert f"{row.spearman:.2f}".replace("-", "−") in text
 
 
+def test_the_readme_says_what_the_benchmarks_measured():
+    results = PROJECT / "results" / "benchmarks"
+    sections = re.split("^## ", (PROJECT / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    (text,) = [section for section in sections if section.startswith("Speed")]
+    for row in pd.read_csv(results / "speed.csv").itertuples():
+        if row.what.startswith(("choosing", "one evaluation", "the same", "training")):
+            assert f"{row.times_faster:.{0 if row.times_faster > 100 else 2}f}" in text, row.what
+    searches = pd.read_csv(results / "searches.csv")
+    for _, part in searches.groupby("procedure"):
+        assert f"{', '.join(f'{seconds:.0f}' for seconds in part.seconds)} s" in text
+    for name in ("plain", "racing"):
+        times = searches[searches.procedure == name].times_faster
+        assert ", ".join(f"{times_faster:.2f}" for times_faster in times) in text
+    latency = pd.read_csv(results / "latency.csv")
+    latency = latency[(latency.method == "legr") & (latency.target == 0.47)]
+    assert f"{latency[latency.batch == 1].latency_ratio.min():.2f} at best" in text
+    for row in latency[(latency.batch == 128) & (latency.fused | (latency.round_to == 1))].itertuples():
+        assert f"{row.latency_ratio:.2f}" in text
+
+
 def test_what_the_readme_links_to_exists():
     pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), PROJECT / "data" / "README.md"]
     for page in pages:
