@@ -16,7 +16,8 @@ lint: install
 
 bench: install
 	python -m benchmarks
-	jupyter nbconvert --log-level WARN --to notebook --execute benchmarks/speed.ipynb --output-dir results/benchmarks
+	jupyter nbconvert --log-level WARN --to notebook --execute benchmarks/speed.ipynb \
+		--ExecutePreprocessor.record_timing=False --output-dir results/benchmarks
 
 lab: install
 	jupyter lab notebooks
