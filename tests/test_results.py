@@ -80,6 +80,9 @@ def test_the_readme_says_what_the_benchmarks_measured():
     for name in ("plain", "racing"):
         times = searches[searches.procedure == name].times_faster
         assert ", ".join(f"{times_faster:.2f}" for times_faster in times) in text
+    raced = searches[searches.procedure == "racing"]
+    assert (raced.same_candidates == 1).all() == ("through the same 72 candidates" in text)
+    assert "{:.0%}, {:.0%} and {:.0%} of the images".format(*raced.images_seen) in text
     latency = pd.read_csv(results / "latency.csv")
     dense = latency[latency.method == "dense"].groupby("batch").latency_ms.min()
     latency = latency[(latency.method == "legr") & (latency.target == 0.47)]
