@@ -40,7 +40,9 @@ def peaks(tmp_path, count):
         Image.effect_noise((96, 80), 50).convert("RGB").save(first)
         for i in range(1, share):
             os.link(first, folder / split / ("n01440764", "n02102040")[i % 2] / f"{i}.png")
-    ended = subprocess.run([sys.executable, "-c", SCRIPT, folder], capture_output=True, text=True)
+    # Large blocks are given back when they are freed: glibc keeps some 250 MiB of them in one run and none in another.
+    alone = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    ended = subprocess.run([sys.executable, "-c", SCRIPT, folder], capture_output=True, text=True, env=alone)
     assert ended.returncode == 0, ended.stderr
     seen, own, worker = map(int, ended.stdout.split())
     return seen, own / 1024, worker / 1024
@@ -53,5 +55,5 @@ def test_streaming_needs_no_more_memory_for_more_images(tmp_path):
     assert seen > 29_900
     pixels = 30_000 * 3 * 64 * 64 / 2**20  # 351 MiB, were they held
     names = 30_000 * 500 / 2**20  # paths and labels, as Python and NumPy hold them
-    assert large - small < names + 60 < pixels / 2  # 60: what PyTorch's allocator varies by
+    assert large - small < names + 60 < pixels / 2  # 60: what the peak varies by
     assert large_worker - small_worker < names + 60
