@@ -132,7 +132,7 @@ def image_losses(
     """
     on_cpu, was_training = images.device.type == "cpu", model.training
     size = batch_size or _batch_size(images, 128 if on_cpu else 500)
-    if on_cpu:
+    if on_cpu and not batch_size:
         size = min(size, max(len(images) // 4, 32))  # few images still make work for several threads
 
     def judge(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
