@@ -151,13 +151,17 @@ class _progress:
         del os.environ["LEGR_PROGRESS"]
 
     def _follow(self):
+        shown = ""
         with self.path.open(encoding="utf-8") as file:
             while True:
                 last = self.stop.is_set()
                 if text := file.read():
                     sys.stderr.write(text)
                     sys.stderr.flush()
+                    shown = text
                 if last:
+                    if shown and not shown.endswith("\n"):  # a bar cut short: what follows gets a line of its own
+                        sys.stderr.write("\n")
                     return
                 time.sleep(0.5)
 

@@ -27,19 +27,23 @@ class FusedConvolution(nn.Module):
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
         super().__init__()
         self.geometry = [list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups]
-        weight = conv.weight.detach().to(dtype)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry)
+        self.weight = conv.weight.detach().to(dtype)
+        self.ordered: dict[torch.Size, Tensor] = {}  # the weight as oneDNN wants it for inputs of a shape
         self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
         self.activation, self.limits = "none", []  # as oneDNN calls them
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
+        weight = self.ordered.get(x.shape)
+        if weight is None:  # in an order that doesn't fit the shape, it would be put in order again by every call
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, list(x.shape))
+            self.ordered[x.shape] = weight
         if other is None:
             after = (self.activation, self.limits, "")
-            return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.geometry, *after)
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.geometry, *after)
         unary = (None if self.activation == "none" else self.activation, self.limits, None)
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, other, self.weight, self.bias, *self.geometry, "add", 1.0, *unary
+            x, other, weight, self.bias, *self.geometry, "add", 1.0, *unary
         )
 
 
