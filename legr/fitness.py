@@ -116,7 +116,7 @@ class Fitness:
     def _ready(self, ranking: Ranking, flops: float) -> nn.Module:
         network = self.network(ranking, flops)
         if can_be_fast(self.compute.device, self.compute.dtype):
-            network = fast_inference(network, self.compute.dtype)
+            network = fast_inference(network, self.compute.dtype, in_place=True)
         return network
 
 

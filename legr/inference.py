@@ -63,14 +63,16 @@ def can_be_fast(device: str, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def fast_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def fast_inference(model: nn.Module, dtype: torch.dtype, in_place: bool = False) -> nn.Module:
     """A network for evaluation alone that gives the outputs of `model` in eval mode, within rounding, sooner.
 
     Args:
-        model: a network that torch.fx traces, on the CPU; it is left alone.
+        model: a network that torch.fx traces, on the CPU.
         dtype: what it computes in, bfloat16 or float32; outputs are float32.
+        in_place: whether `model` may be taken apart for it, because nothing else needs it; else it is left alone.
     """
-    traced = copy.deepcopy(model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)).eval()
+    traced = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
+    traced = (traced if in_place else copy.deepcopy(traced)).eval()
     network = fuse(traced, inplace=True, no_trace=True).to(dtype)  # folds BatchNorm
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):

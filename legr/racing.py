@@ -37,6 +37,7 @@ class Race:
         self.looks = [*(look for look in self.looks if look < images), images]
         self.z = NormalDist().inv_cdf(1 - error / (comparisons * len(self.looks)))
         self.losses: dict[int, np.ndarray] = {}
+        self.contenders: list[int] = []  # those that may have the lowest loss of all told
 
     def tell(self, candidate: int, losses: np.ndarray) -> None:
         """The losses on images that follow those seen so far; what is not finite counts as very large."""
@@ -64,24 +65,37 @@ class Race:
                 self.see([c for c in alive if self.seen(c) == fewest], min(n for n in self.looks if n > fewest))
         return alive[0]
 
+    def enter(self, candidate: int) -> int:
+        """A contender more; those that are out by what has been seen leave. The one in front.
+
+        No image is seen for it: whether any two differ matters only when the lowest of all is asked for.
+        """
+        self.contenders.append(candidate)
+        leader = min(self.contenders, key=self.loss)
+        self.contenders = [c for c in self.contenders if c == leader or not self._worse(c, leader)]
+        return leader
+
     def finish(self, candidate: int) -> None:
         """Have it see all images."""
         if self.seen(candidate) < self.images:
             self.see([candidate], self.images)
 
     def keep(self, candidates: Iterable[int]) -> None:
-        """Forget all others."""
-        self.losses = {c: self.losses[c] for c in sorted(set(candidates))}
+        """Forget all others that are no contenders."""
+        self.losses = {c: self.losses[c] for c in sorted({*candidates, *self.contenders})}
 
-    def state(self) -> dict[str, str]:
-        return {str(c): base64.b64encode(losses.tobytes()).decode() for c, losses in self.losses.items()}
+    def state(self) -> dict[str, Any]:
+        losses = {str(c): base64.b64encode(losses.tobytes()).decode() for c, losses in self.losses.items()}
+        return {"losses": losses, "contenders": self.contenders}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.losses = {int(c): np.frombuffer(base64.b64decode(text), np.float32) for c, text in state.items()}
+        losses = state["losses"].items()
+        self.losses = {int(c): np.frombuffer(base64.b64decode(text), np.float32) for c, text in losses}
+        self.contenders = state["contenders"]
 
     def _worse(self, candidate: int, leader: int) -> bool:
         n = min(self.seen(candidate), self.seen(leader))
-        if n == self.images:
-            return False  # decided by the means themselves
+        if n == self.images:  # the means themselves decide; of equals neither is worse
+            return self.loss(candidate) > self.loss(leader)
         difference = self.losses[candidate][:n].astype(np.float64) - self.losses[leader][:n]
         return difference.mean() > self.z * difference.std(ddof=1) * math.sqrt(1 / n - 1 / self.images)

@@ -66,15 +66,14 @@ class Evolution:
         start: Ranking | None = None,
         lowest: Callable[[Iterable[int]], int] | None = None,
     ):
-        """`lowest` picks the candidate with the lowest loss of those with the given numbers; None goes by the
-        losses told."""
+        """`lowest` picks a tournament's winner, the candidate with the lowest loss of those with the given numbers;
+        None goes by the losses told."""
         self.settings, self.start = settings, start
         self.norms, self.deviations = norms, norm_deviations(norms)
         self.generator = np.random.default_rng(settings.seed)
         self.history: list[dict[str, Any]] = []
         self.candidates: list[Ranking] = []
         self.pending: list[Ranking] = []  # asked for and not told yet
-        self.champion = 0
         self.lowest = lowest or (lambda numbers: min(numbers, key=lambda number: self.history[number]["loss"]))
 
     @property
@@ -83,8 +82,9 @@ class Evolution:
 
     @property
     def best(self) -> Ranking:
-        """The candidate with the lowest loss so far."""
-        return self.candidates[self.champion]
+        """The candidate with the lowest loss so far, of equals the first."""
+        losses = [row["loss"] for row in self.history]
+        return self.candidates[losses.index(min(losses))]
 
     @property
     def population(self) -> range:
@@ -131,24 +131,22 @@ class Evolution:
         loss = loss if np.isfinite(loss) else float(np.finfo(np.float32).max)
         number = len(self.history)
         self.candidates.append(candidate)
-        row = {"evaluation": number + 1, "loss": loss, "accuracy": accuracy, "best": loss, "seconds": seconds}
+        best = min(loss, self.history[-1]["best"]) if self.history else loss
+        row = {"evaluation": number + 1, "loss": loss, "accuracy": accuracy, "best": best, "seconds": seconds}
         self.history.append(row | more)
-        self.champion = self.lowest(dict.fromkeys((self.champion, number)))
-        self.history[number]["best"] = self.history[self.champion]["loss"]
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the search depends on."""
         return {
             "generator": self.generator.bit_generator.state,
             "history": self.history,
-            "champion": self.champion,
             "candidates": [[c.scale, c.shift] for c in self.candidates],
             "pending": [[c.scale, c.shift] for c in self.pending],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.generator.bit_generator.state = state["generator"]
-        self.history, self.champion = state["history"], state["champion"]
+        self.history = state["history"]
         self.candidates = [Ranking(tuple(scale), tuple(shift)) for scale, shift in state["candidates"]]
         self.pending = [Ranking(tuple(scale), tuple(shift)) for scale, shift in state["pending"]]
 
@@ -158,7 +156,8 @@ class SearchResult:
     """`ranking`: the best (α, κ). `history`: evaluation, loss, accuracy, best (so far), seconds, images.
 
     `loss` and `accuracy` are means over the number of validation `images` that were seen: with racing not always
-    all. `best` is always of all. `seconds` is the time from the row before to this one.
+    all, but all for norm-only and the best. `best` is then, before the last row, an estimate: the loss of the candidate
+    in front by then, over the images that it had seen. `seconds` is the time from the row before to this one.
     """
 
     ranking: Ranking
@@ -199,7 +198,7 @@ def learn_ranking(
     if settings.racing and len(fitness.counts(flops)) > 1:
         raise UserError(f"racing is {settings.racing}; it must be 0 where also_at has further FLOP counts to judge at")
     judged = Fitness(model, graph, data, flops, fitness, compute, settings.seed)
-    search = _Search(judged, settings, start, Judges(judged, executor) if executor else None)
+    search = Search(judged, settings, start, Judges(judged, executor) if executor else None)
     path = None
     if state_folder is not None:
         depends = [
@@ -222,20 +221,29 @@ def learn_ranking(
             write_text(path, json.dumps(search.state()))
         if log:
             log(search.evolution.history[-1])
-    evolution = search.evolution
-    return SearchResult(evolution.best, pd.DataFrame(evolution.history), evolution.candidates)
+    return search.result()
 
 
-class _Search:
-    """An evolution and what judges its candidates: here or on an executor's workers, fully or by racing."""
+class Search:
+    """An evolution and what judges its candidates: here or on an executor's workers, fully or by racing.
 
-    def __init__(self, fitness: Fitness, settings: SearchSettings, start: Ranking | None, judges: Judges | None):
+    `learn_ranking` steps it to its end; by hand, `step` until `evolution.done`, then `result`.
+    """
+
+    def __init__(
+        self,
+        fitness: Fitness,
+        settings: SearchSettings,
+        start: Ranking | None = None,
+        judges: Judges | None = None,
+    ):
         self.fitness, self.settings, self.judges = fitness, settings, judges
         self.images = len(fitness.validation)
+        self.norm_only = settings.population - 1  # its number
         self.race: Race | None = None
         self.first: Part = None  # the images that a candidate is judged on before it is told
         if settings.racing:
-            comparisons = settings.evaluations * (settings.sample + 1)  # a tournament's, and one with the best so far
+            comparisons = settings.evaluations * (settings.sample + 1)  # a tournament's; the best of all with each
             self.race = Race(self.images, settings.racing, comparisons, self._see)
             self.first = (0, self.race.looks[0])
         self.evolution = Evolution(fitness.norms, settings, start, self.race.lowest if self.race else None)
@@ -256,11 +264,26 @@ class _Search:
         else:
             self.race.tell(number, found[0])
             evolution.tell(candidate, self.race.loss(number), float(found[1].mean()), images=found.shape[1])
-            self.race.finish(evolution.champion)
-            evolution.history[number]["best"] = self.race.loss(evolution.champion)
-            self.race.keep([*evolution.population, evolution.champion])
+            evolution.history[number]["best"] = self.race.loss(self.race.enter(number))
+            self.race.keep([*evolution.population, min(number, self.norm_only)])
+        evolution.history[number]["seconds"] = self._lap()
+
+    def result(self) -> SearchResult:
+        """Of a search that is done; racing settles which candidate is the best only now."""
+        evolution = self.evolution
+        best, last = evolution.best, evolution.history[-1]
+        if self.race:
+            self.race.finish(self.norm_only)  # what the best is compared with
+            number = self.race.lowest(self.race.contenders)
+            self.race.finish(number)
+            best, last["best"] = evolution.candidates[number], self.race.loss(number)
+            last["seconds"] += self._lap()
+        return SearchResult(best, pd.DataFrame(evolution.history), evolution.candidates)
+
+    def _lap(self) -> float:
+        """Seconds since this was last asked."""
         self.clock, before = time.perf_counter(), self.clock
-        evolution.history[number]["seconds"] = self.clock - before
+        return self.clock - before
 
     def _see(self, numbers: list[int], upto: int) -> None:
         """Judge told candidates on more images."""
@@ -278,11 +301,11 @@ class _Search:
             row.update(loss=race.loss(number), accuracy=right / upto, images=upto)
 
     def state(self) -> dict[str, Any]:
-        return self.evolution.state() | ({"losses": self.race.state()} if self.race else {})
+        return self.evolution.state() | ({"race": self.race.state()} if self.race else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         self.evolution.restore(state)
         if self.race:
-            self.race.restore(state["losses"])
+            self.race.restore(state["race"])
         if self.judges:
             self.tasks = [self.judges.submit(candidate, self.first) for candidate in self.evolution.pending]

@@ -57,8 +57,9 @@ def test_outputs_are_the_networks_own(name, cut):
     x = torch.randn(5, 3, side, side)
     with torch.inference_mode():
         plain, fast = network(x), fast_inference(network, torch.float32)(x)
-    assert (plain - fast).abs().max() < 1e-4 * plain.abs().max()
-    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+        assert (plain - fast).abs().max() < 1e-4 * plain.abs().max()
+        assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+        assert torch.equal(fast_inference(network, torch.float32, in_place=True)(x), fast)
 
 
 @pytest.mark.skipif(not can_be_fast("cpu", torch.bfloat16), reason="needs a processor with bfloat16")

@@ -1,5 +1,7 @@
 """Races: the same search as without, on fewer images."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -89,12 +91,42 @@ def test_a_raced_evolution_is_the_plain_one_on_fewer_images():
     evolution = Evolution(norms, settings, lowest=race.lowest)
     while not evolution.done:
         candidate = evolution.ask()
-        race.tell(len(evolution.history), losses(candidate)[:FIRST])
+        number = len(evolution.history)
+        race.tell(number, losses(candidate)[:FIRST])
         evolution.tell(candidate, 0.0, 0.0)
+        race.enter(number)
     assert evolution.candidates == plain.candidates
-    assert evolution.best == plain.best
+    assert len(race.contenders) < 60
+    assert evolution.candidates[race.lowest(race.contenders)] == plain.best
     seen = [race.seen(number) for number in range(120)]
     assert np.mean(seen) < 0.8 * IMAGES
+
+
+def contend(losses):
+    """The best of all by `enter`, one candidate after the other, each forgotten unless it may be the best."""
+
+    def see(numbers, upto):
+        for number in numbers:
+            race.tell(number, losses[number, race.seen(number) : upto])
+
+    race = Race(IMAGES, 0.05, len(losses), see)
+    for number in range(len(losses)):
+        race.tell(number, losses[number, :FIRST])
+        assert race.enter(number) in race.contenders
+        race.keep([number])
+        assert set(race.losses) == {number, *race.contenders}
+    again = Race(IMAGES, 0.05, len(losses), see)
+    again.restore(json.loads(json.dumps(race.state())))
+    assert again.contenders == race.contenders
+    return race.lowest(race.contenders)
+
+
+def test_the_best_of_all_is_found_among_those_that_may_be_it():
+    generator, right = np.random.default_rng(4), 0
+    for _ in range(50):
+        losses = like_networks(generator, generator.uniform(0, 0.3, 20))
+        right += contend(losses) == losses.mean(1).argmin()
+    assert right >= 47
 
 
 @pytest.mark.parametrize("kind", ["loss", "recalibrated"])
@@ -107,12 +139,14 @@ def test_racing_finds_what_the_plain_search_finds(small, digits, compute, kind):
     result = learn_ranking(model, graph, digits, 0.6, settings.model_copy(update={"racing": 0.1}), fitness, compute)
     assert result.candidates == plain.candidates
     assert result.ranking == plain.ranking
-    np.testing.assert_allclose(result.history.best, plain.history.best, rtol=1e-6)
+    np.testing.assert_allclose(result.history.best.iloc[-1], plain.history.best.iloc[-1], rtol=1e-6)
     whole = result.history.images == len(digits.holdout)
     for column in ("loss", "accuracy"):
         np.testing.assert_allclose(result.history[whole][column], plain.history[whole][column], rtol=1e-6)
     assert result.history.images.min() >= FIRST
     assert not whole.all()
+    assert whole[settings.population - 1]  # norm-only
+    assert result.history.best.iloc[-1] == result.history.loss[result.candidates.index(result.ranking)]
 
 
 def test_racing_is_for_one_flop_count(small, digits, compute):
