@@ -9,7 +9,7 @@ repro: install
 	dvc repro
 
 test: install
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup
 
 lint: install
 	ruff check . && ruff format --check .

@@ -5,12 +5,15 @@ import itertools
 import math
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
 import legr
+from benchmarks.runtimes import OnnxNetwork
 from benchmarks.yardstick import plain_evaluation, plain_select, plain_training, random_images, side_by_side
 from experiments.config import workspace
 from experiments.explorer import Controls, Instrument
@@ -112,9 +115,10 @@ def training(compute: Compute, count: int) -> list[dict]:
 
 
 def latency(compute: Compute, repetitions: int) -> pd.DataFrame:
-    """Latency relative to the dense network's of networks cut by the committed ranking: as they are, and as fused.
+    """Latency relative to the dense network's of networks cut by the committed ranking, by what executes them.
 
-    `fused` is what evaluates candidates: BatchNorm folded, activations and sums inside the convolutions.
+    `PyTorch`: its own modules. `fused`: what evaluates candidates here, BatchNorm folded, activations and sums inside
+    oneDNN's convolutions. `ONNX Runtime`: exported, on a CPU in float32.
     """
     dense = models.load_weights(models.resnet56(), COMMITTED / "baseline.safetensors").eval()
     graph = legr.trace(dense, torch.zeros(1, 3, 32, 32))
@@ -129,23 +133,24 @@ def latency(compute: Compute, repetitions: int) -> pd.DataFrame:
                 kept[method, fraction, round_to] = select(graph, values, fraction, round_to=round_to)
             except legr.UserError:
                 continue  # with wide steps a low target is out of reach
+    runtimes: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "PyTorch": lambda network: network.to(compute.device, memory_format=torch.channels_last)
+    }
+    if can_be_fast(compute.device, compute.dtype):
+        runtimes["fused"] = lambda network: fast_inference(network, compute.dtype)
+    if compute.device == "cpu":
+        runtimes["ONNX Runtime"] = lambda network: OnnxNetwork(network, 32, compute.threads)
     tables = []
-    for fused in (False, True):
-        if fused and not can_be_fast(compute.device, compute.dtype):
-            continue
-        networks = {key: legr.prune(dense, graph, masks) for key, masks in kept.items()}
-        ready = {
-            key: fast_inference(n, compute.dtype) if fused else n.to(compute.device, memory_format=torch.channels_last)
-            for key, n in networks.items()
-        }
-        table = measure(ready, 32, (1, 128), compute, repetitions, 3)
+    for runtime, ready in runtimes.items():
+        networks = {key: ready(legr.prune(dense, graph, masks)) for key, masks in kept.items()}
+        table = measure(networks, 32, (1, 128), compute, repetitions, 3)
         keys = table.pop("network")
         first = table[[key[0] == "dense" for key in keys]].set_index("batch").latency_ms
         table["latency_ratio"] = [ms / first[b] for ms, b in zip(table.latency_ms, table.batch, strict=True)]
-        table.insert(0, "method", [key[0] for key in keys])
-        table.insert(1, "target", [key[1] for key in keys])
-        table.insert(2, "round_to", [key[2] for key in keys])
-        table.insert(3, "fused", fused)
+        table.insert(0, "runtime", runtime)
+        table.insert(1, "method", [key[0] for key in keys])
+        table.insert(2, "target", [key[1] for key in keys])
+        table.insert(3, "round_to", [key[2] for key in keys])
         table["flops_ratio"] = [graph.flops(kept[key]) / graph.flops() for key in keys]
         tables.append(table)
     return pd.concat(tables, ignore_index=True)

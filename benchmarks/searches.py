@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -33,7 +34,8 @@ RACING = 0.05
 
 
 def run(images: Dataset, settings: SearchSettings, compute: Compute) -> pd.DataFrame:
-    """Columns procedure, seed, evaluation, seconds (that its search has taken), loss, best, images, same_candidate."""
+    """Columns procedure, seed, evaluation, seconds (that its search has taken), loss, best, images, network and
+    same_candidate (as in the plain search)."""
     space = workspace("laptop", "cifar10-resnet56")
     model = models.load_weights(models.resnet56(), space.baseline)
     graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
@@ -41,26 +43,29 @@ def run(images: Dataset, settings: SearchSettings, compute: Compute) -> pd.DataF
         Search(Fitness(model, graph, images, FRACTION, FitnessSettings(), compute, settings.seed), own)
         for own in (settings, settings.model_copy(update={"racing": RACING}))
     )
-    clocks, losses = {"yardstick": [], "plain": [], "racing": []}, []
+    clocks: dict[str, list[float]] = {"yardstick": [], "plain": [], "racing": []}
+    losses = []
     while not plain.evolution.done:
-        clocks["plain"].append(timed(plain.step))
+        seconds, _ = timed(plain.step)
+        clocks["plain"].append(seconds)
         candidate = plain.evolution.candidates[-1]
-        clocks["yardstick"].append(
-            timed(
-                lambda c=candidate: losses.append(plain_evaluation(space.baseline, graph, c, FRACTION, images.holdout))
-            )
-        )
-        clocks["racing"].append(timed(racing.step))
-    ends = []
-    clocks["racing"][-1] += timed(lambda: ends.append(racing.result()))
-    raced, whole = ends[0], plain.result()
+        seconds, loss = timed(plain_evaluation, space.baseline, graph, candidate, FRACTION, images.holdout)
+        clocks["yardstick"].append(seconds)
+        losses.append(loss)
+        seconds, _ = timed(racing.step)
+        clocks["racing"].append(seconds)
+    seconds, raced = timed(racing.result)
+    clocks["racing"][-1] += seconds
+    whole = plain.result()
     tables = {
-        "yardstick": pd.DataFrame({"loss": losses, "best": pd.Series(losses).cummin(), "images": len(images.holdout)}),
+        "yardstick": pd.DataFrame({"loss": losses, "best": pd.Series(losses).cummin()}).assign(
+            images=len(images.holdout), network=range(1, len(losses) + 1)
+        ),
         "plain": whole.history,
         "racing": raced.history,
     }
     same = [a == b for a, b in zip(raced.candidates, whole.candidates, strict=True)]
-    columns = ["procedure", "seed", "evaluation", "seconds", "loss", "best", "images", "same_candidate"]
+    columns = ["procedure", "seed", "evaluation", "seconds", "loss", "best", "images", "network", "same_candidate"]
     rows = [
         table.assign(
             procedure=name,
@@ -74,11 +79,11 @@ def run(images: Dataset, settings: SearchSettings, compute: Compute) -> pd.DataF
     return pd.concat(rows, ignore_index=True)[columns]
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Seconds."""
+def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
+    """Seconds, and what it returned."""
     start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    found = function(*arguments)
+    return time.perf_counter() - start, found
 
 
 def summary(curves: pd.DataFrame) -> pd.DataFrame:
@@ -99,7 +104,7 @@ def summary(curves: pd.DataFrame) -> pd.DataFrame:
                     "best": known.best.min(),
                     "reached_after": reached.min() if len(reached) else math.nan,
                     "share_of_yardstick": reached.min() / whole if len(reached) else math.nan,
-                    "images_seen": own.images.sum() / (len(own) * own.images.max()),
+                    "images_seen": own.drop_duplicates("network").images.sum() / (len(own) * own.images.max()),
                     "same_candidates": own.same_candidate.mean(),
                 }
             )

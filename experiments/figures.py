@@ -383,24 +383,23 @@ def latency(table: pd.DataFrame, caption: str) -> Figure:
 
 
 def latency_rounded(table: pd.DataFrame, caption: str) -> Figure:
-    """Latency over FLOPs of networks whose widths are multiples of `round_to`; a row fused or not, a column a batch.
+    """Latency over FLOPs of networks whose widths are multiples of `round_to`; a row a batch, a column what ran them.
 
     Args:
-        table: columns method, round_to, fused, batch, flops_ratio, latency_ratio, latency_ms.
+        table: columns runtime, method, round_to, batch, flops_ratio, latency_ratio, latency_ms.
     """
-    fused, sizes = sorted(table.fused.unique()), sorted(table.batch.unique())
-    figure, axes = _figure(table, caption, len(sizes), 4.6 * len(sizes), 3.9 * len(fused), len(fused))
+    runtimes, sizes = table.runtime.unique(), sorted(table.batch.unique())
+    figure, axes = _figure(table, caption, len(runtimes), 4 * len(runtimes), 3.9 * len(sizes), len(sizes))
     markers = dict(zip(sorted(table.round_to.unique()), "osD^v", strict=False))
-    for (i, how), (j, batch) in itertools.product(enumerate(fused), enumerate(sizes)):
-        ax, part = axes[i, j], table[(table.fused == how) & (table.batch == batch)]
+    for (i, batch), (j, runtime) in itertools.product(enumerate(sizes), enumerate(runtimes)):
+        ax, part = axes[i, j], table[(table.runtime == runtime) & (table.batch == batch)]
         ax.plot([0, 1], [0, 1], color=COLORS["paper"], ls=":", lw=1.2, label="latency ∝ FLOPs")
         for (method, step), rows in part[part.method != "dense"].groupby(["method", "round_to"]):
             label = f"{LABELS[method]}, widths of {step}" if step > 1 else LABELS[method]
             style = {"color": COLORS[method], "marker": markers[step], "alpha": 1 if step == 1 else 0.55}
             ax.plot(rows.flops_ratio, rows.latency_ratio, label=label, ls="-" if step == 1 else ":", ms=5, **style)
         dense = part[part.method == "dense"].latency_ms.iloc[0]
-        name = "fused" if how else "as it is"
-        ax.set(title=f"{name}, batch {batch} (dense: {dense:.1f} ms)", xlim=(0, 1.05), ylim=(0, None))
+        ax.set(title=f"{runtime}, batch {batch} (dense: {dense:.1f} ms)", xlim=(0, 1.05), ylim=(0, None))
         ax.set(xlabel="FLOPs / dense", ylabel="latency / dense")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     return figure

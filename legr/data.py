@@ -258,6 +258,15 @@ def augmented_batches(
         yield normalize(crops), images.labels[index.to(device)]
 
 
+def in_turn(labels: Tensor) -> Tensor:
+    """An order [N] in which the classes take turns: of each the first n images hold its share of all, nearly."""
+    place = torch.empty(len(labels))
+    for label in labels.unique():
+        mine = (labels == label).nonzero()[:, 0]
+        place[mine] = (torch.arange(len(mine)) + 0.5) / len(mine)
+    return place.argsort(stable=True)
+
+
 def split_holdout(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices (fit, holdout), drawn class by class so that both have the classes' shares."""
     n = len(labels)

@@ -5,6 +5,7 @@ BatchNorm statistics on training images first. `steps` takes τ gradient steps f
 """
 
 import copy
+import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -14,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from legr.data import Dataset, Files, Images
+from legr.data import Dataset, Files, Images, in_turn
 from legr.graph import Graph
 from legr.inference import can_be_fast, fast_inference
 from legr.ranking import Ranking, check_fraction, filter_norms, select
@@ -74,6 +75,7 @@ class Fitness:
         self.training = self.data.fit if self.settings.kind == "steps" else few.load()
         self.training = self.training.to(self.compute.device)
         picked = torch.randperm(len(self.data.holdout), generator=generator)[: self.settings.validation_images]
+        picked = picked[in_turn(self.data.holdout.labels[picked].cpu())]
         self.validation = self.data.holdout[picked].load().to(self.compute.device)
 
     def network(self, ranking: Ranking, flops: float | None = None) -> nn.Module:
@@ -84,6 +86,14 @@ class Fitness:
         elif self.settings.kind == "steps":
             tune(small, self.training, self.settings, self.compute, self.seed)
         return small
+
+    def networks(self, ranking: Ranking) -> str:
+        """A name of the networks that `ranking` is judged by; with the same name they keep the same filters."""
+        scores, found = ranking.scores(self.norms), hashlib.sha256()
+        for flops in self.settings.counts(self.flops):
+            for kept in select(self.graph, scores, flops):
+                found.update(kept.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def __call__(self, ranking: Ranking) -> dict[str, float]:
         """Validation `loss` and `accuracy` of `network(ranking)`; of several networks the mean, and the largest's."""

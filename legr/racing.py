@@ -11,33 +11,34 @@ from typing import Any
 
 import numpy as np
 
-FIRST = 128  # images that every candidate sees; then twice as many, and so on up to all
+FIRST = 128  # images that every candidate sees; then 192, 256, 384, 512, 768 and so on up to all
 
 
 class Race:
     """Losses of candidates on the first images of a fixed, shuffled set, and comparisons between them.
 
     A candidate is out once its mean loss lies above the leader's, on the n of N images that both have seen, by
-    more than z standard errors of their paired differences, s · sqrt(1/n - 1/N). One comparison errs with
-    probability 1 - Φ(z) where the mean is normally distributed, and never when all images are seen. z is such
-    that of `comparisons` of them at all looks any errs with probability `error` at most (Bonferroni).
+    more than z standard errors of their paired differences, about s · sqrt(1/n - 1/N). The images are strata by their
+    classes, which the networks that are compared prefer differently: s is the deviation within a class, pooled
+    (Cochran, Sampling Techniques, 1977, ch. 5; one stratum while a class has been seen less than twice). One comparison
+    errs with probability 1 - Φ(z) where the mean is normally distributed, and never when all images are seen. z is such
+    that of `comparisons` of them at every look any errs with probability `error` at most (Bonferroni).
 
     Args:
-        images: N.
+        labels: the images' classes [N], in an order in which the first n are much like all.
         error: in (0, 1).
         comparisons: how many pairs of candidates are compared in all, at most.
         see: called with a list of candidates and a number of images; it has to tell the losses up to there.
     """
 
-    def __init__(self, images: int, error: float, comparisons: int, see: Callable[[list[int], int], None]):
-        self.images, self.see = images, see
-        self.looks = [FIRST]
-        while self.looks[-1] * 2 < images:
-            self.looks.append(self.looks[-1] * 2)
-        self.looks = [*(look for look in self.looks if look < images), images]
-        self.z = NormalDist().inv_cdf(1 - error / (comparisons * len(self.looks)))
+    def __init__(self, labels: np.ndarray, error: float, comparisons: int, see: Callable[[list[int], int], None]):
+        self.images, self.see = len(labels), see
+        self.labels = np.unique(labels, return_inverse=True)[1]
+        doubled = [FIRST * 2**k for k in range(max(self.images // FIRST, 1).bit_length())]
+        looks = sorted([*doubled, *(n * 3 // 2 for n in doubled)])
+        self.looks = [*(n for n in looks if n < self.images), self.images]
+        self.z = NormalDist().inv_cdf(1 - error / (comparisons * max(len(self.looks) - 1, 1)))  # the last can't err
         self.losses: dict[int, np.ndarray] = {}
-        self.contenders: list[int] = []  # those that may have the lowest loss of all told
 
     def tell(self, candidate: int, losses: np.ndarray) -> None:
         """The losses on images that follow those seen so far; what is not finite counts as very large."""
@@ -65,37 +66,27 @@ class Race:
                 self.see([c for c in alive if self.seen(c) == fewest], min(n for n in self.looks if n > fewest))
         return alive[0]
 
-    def enter(self, candidate: int) -> int:
-        """A contender more; those that are out by what has been seen leave. The one in front.
-
-        No image is seen for it: whether any two differ matters only when the lowest of all is asked for.
-        """
-        self.contenders.append(candidate)
-        leader = min(self.contenders, key=self.loss)
-        self.contenders = [c for c in self.contenders if c == leader or not self._worse(c, leader)]
-        return leader
-
     def finish(self, candidate: int) -> None:
         """Have it see all images."""
         if self.seen(candidate) < self.images:
             self.see([candidate], self.images)
 
-    def keep(self, candidates: Iterable[int]) -> None:
-        """Forget all others that are no contenders."""
-        self.losses = {c: self.losses[c] for c in sorted({*candidates, *self.contenders})}
-
-    def state(self) -> dict[str, Any]:
-        losses = {str(c): base64.b64encode(losses.tobytes()).decode() for c, losses in self.losses.items()}
-        return {"losses": losses, "contenders": self.contenders}
+    def state(self) -> dict[str, str]:
+        return {str(c): base64.b64encode(losses.tobytes()).decode() for c, losses in self.losses.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        losses = state["losses"].items()
-        self.losses = {int(c): np.frombuffer(base64.b64decode(text), np.float32) for c, text in losses}
-        self.contenders = state["contenders"]
+        self.losses = {int(c): np.frombuffer(base64.b64decode(text), np.float32) for c, text in state.items()}
 
     def _worse(self, candidate: int, leader: int) -> bool:
         n = min(self.seen(candidate), self.seen(leader))
         if n == self.images:  # the means themselves decide; of equals neither is worse
             return self.loss(candidate) > self.loss(leader)
         difference = self.losses[candidate][:n].astype(np.float64) - self.losses[leader][:n]
-        return difference.mean() > self.z * difference.std(ddof=1) * math.sqrt(1 / n - 1 / self.images)
+        labels, all_labels = self.labels[:n], self.labels
+        if np.bincount(labels, minlength=all_labels.max() + 1).min() < 2:
+            labels, all_labels = np.zeros(n, int), np.zeros(self.images, int)
+        seen, there = np.bincount(labels), np.bincount(all_labels)
+        means = np.bincount(labels, difference) / seen
+        variance = ((difference - means[labels]) ** 2).sum() / (n - len(seen))
+        share = there / self.images
+        return share @ means > self.z * math.sqrt(variance * (share**2 * (1 / seen - 1 / there)).sum())

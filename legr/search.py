@@ -153,10 +153,12 @@ class Evolution:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """`ranking`: the best (α, κ). `history`: evaluation, loss, accuracy, best (so far), seconds, images.
+    """`ranking`: the best (α, κ). `history`: evaluation, loss, accuracy, best (so far), seconds, images, network.
+
+    `network` is the evaluation that first had the same network: a network is judged once.
 
     `loss` and `accuracy` are means over the number of validation `images` that were seen: with racing not always
-    all, but all for norm-only and the best. `best` is then, before the last row, an estimate: the loss of the candidate
+    all, but all for the best. `best` is then, before the last row, an estimate: the loss of the candidate
     in front by then, over the images that it had seen. `seconds` is the time from the row before to this one.
     """
 
@@ -239,33 +241,44 @@ class Search:
     ):
         self.fitness, self.settings, self.judges = fitness, settings, judges
         self.images = len(fitness.validation)
-        self.norm_only = settings.population - 1  # its number
         self.race: Race | None = None
         self.first: Part = None  # the images that a candidate is judged on before it is told
         if settings.racing:
-            comparisons = settings.evaluations * (settings.sample + 1)  # a tournament's; the best of all with each
-            self.race = Race(self.images, settings.racing, comparisons, self._see)
+            comparisons = settings.evaluations * settings.sample  # S - 1 of a tournament's, and the best's with each
+            self.race = Race(fitness.validation.labels.cpu().numpy(), settings.racing, comparisons, self._see)
             self.first = (0, self.race.looks[0])
-        self.evolution = Evolution(fitness.norms, settings, start, self.race.lowest if self.race else None)
-        self.tasks: list[Task] = []  # of the evolution's pending candidates
+        self.evolution = Evolution(fitness.norms, settings, start, self._lowest if self.race else None)
+        # Many mutants cut the very network that one before them did: it is judged once. The networks of all asked for,
+        # and by network the number of the first that had it.
+        self.networks: list[str] = []
+        self.originals: dict[str, int] = {}
+        self.tasks: list[Task | None] = []  # of the evolution's pending candidates; None: has an original
         self.clock = time.perf_counter()
 
     def step(self) -> None:
         """Judge one candidate, and send others on their way."""
         evolution = self.evolution
         while len(evolution.pending) < self.settings.in_flight and evolution.asked < self.settings.evaluations:
-            candidate = evolution.ask()
-            if self.judges:
-                self.tasks.append(self.judges.submit(candidate, self.first))
+            network = self.fitness.networks(evolution.ask())
+            self.originals.setdefault(network, len(self.networks))
+            self.networks.append(network)
+            self._submit(len(self.networks) - 1)
         candidate, number = evolution.pending[0], len(evolution.history)
-        found = self.judges.result(self.tasks.pop(0)) if self.judges else judge(self.fitness, candidate, self.first)
-        if self.race is None:
-            evolution.tell(candidate, **found, images=self.images)
+        original, task = self._original(number), self.tasks.pop(0)
+        if original < number:
+            row = evolution.history[original]
+            found = {name: row[name] for name in ("loss", "accuracy", "images")}
         else:
-            self.race.tell(number, found[0])
-            evolution.tell(candidate, self.race.loss(number), float(found[1].mean()), images=found.shape[1])
-            evolution.history[number]["best"] = self.race.loss(self.race.enter(number))
-            self.race.keep([*evolution.population, min(number, self.norm_only)])
+            judged = self.judges.result(task) if task else judge(self.fitness, candidate, self.first)
+            if self.race:
+                self.race.tell(number, judged[0])
+                seen = judged.shape[1]
+                found = {"loss": self.race.loss(number), "accuracy": float(judged[1].mean()), "images": seen}
+            else:
+                found = judged | {"images": self.images}
+        evolution.tell(candidate, **found, network=original + 1)
+        if self.race:  # what is in front by now
+            evolution.history[number]["best"] = min(row["loss"] for row in evolution.history)
         evolution.history[number]["seconds"] = self._lap()
 
     def result(self) -> SearchResult:
@@ -273,17 +286,34 @@ class Search:
         evolution = self.evolution
         best, last = evolution.best, evolution.history[-1]
         if self.race:
-            self.race.finish(self.norm_only)  # what the best is compared with
-            number = self.race.lowest(self.race.contenders)
+            number = self.race.lowest(self.race.losses)
             self.race.finish(number)
             best, last["best"] = evolution.candidates[number], self.race.loss(number)
             last["seconds"] += self._lap()
         return SearchResult(best, pd.DataFrame(evolution.history), evolution.candidates)
 
+    def _original(self, number: int) -> int:
+        """The number of the first candidate with the same network."""
+        return self.originals[self.networks[number]]
+
+    def _submit(self, number: int) -> None:
+        if self.judges and self._original(number) == number:
+            candidate = self.evolution.pending[number - len(self.evolution.history)]
+            self.tasks.append(self.judges.submit(candidate, self.first))
+        else:
+            self.tasks.append(None)
+
     def _lap(self) -> float:
         """Seconds since this was last asked."""
         self.clock, before = time.perf_counter(), self.clock
         return self.clock - before
+
+    def _lowest(self, numbers: Iterable[int]) -> int:
+        """The race's winner; of candidates with the same network the first of `numbers`."""
+        named: dict[int, int] = {}
+        for number in numbers:
+            named.setdefault(self._original(number), number)
+        return named[self.race.lowest(named)]
 
     def _see(self, numbers: list[int], upto: int) -> None:
         """Judge told candidates on more images."""
@@ -295,17 +325,23 @@ class Search:
         else:
             results = [judge(self.fitness, *item) for item in work]
         for number, found in zip(numbers, results, strict=True):
-            row, before = history[number], race.seen(number)
+            before = race.seen(number)
             race.tell(number, found[0])
-            right = row["accuracy"] * before + float(found[1].sum())
-            row.update(loss=race.loss(number), accuracy=right / upto, images=upto)
+            right = history[number]["accuracy"] * before + float(found[1].sum())
+            for row in history:
+                if row["network"] == number + 1:
+                    row.update(loss=race.loss(number), accuracy=right / upto, images=upto)
 
     def state(self) -> dict[str, Any]:
-        return self.evolution.state() | ({"race": self.race.state()} if self.race else {})
+        state = self.evolution.state() | {"networks": self.networks}
+        return state | ({"losses": self.race.state()} if self.race else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         self.evolution.restore(state)
+        self.networks = state["networks"]
+        for number, network in enumerate(self.networks):
+            self.originals.setdefault(network, number)
         if self.race:
-            self.race.restore(state["race"])
-        if self.judges:
-            self.tasks = [self.judges.submit(candidate, self.first) for candidate in self.evolution.pending]
+            self.race.restore(state["losses"])
+        for number in range(len(self.evolution.history), len(self.networks)):
+            self._submit(number)

@@ -253,3 +253,27 @@ def test_a_corrupt_state_is_one_sentence(small, digits, compute, tmp_path):
     path.write_text(path.read_text()[:50])
     with pytest.raises(legr.UserError, match="search state .* is corrupt"):
         learn_ranking(*arguments)
+
+
+@pytest.mark.parametrize("racing", [0, 0.1])
+def test_a_network_is_judged_once(small, digits, compute, monkeypatch, racing):
+    """And the search is the one that judges it every time it comes."""
+    model, graph = small
+    settings = SearchSettings(population=6, evaluations=40, sample=3)
+    fitness = Fitness(model, graph, digits, 0.6, FitnessSettings(), compute)
+    plain = Evolution(fitness.norms, settings)
+    while not plain.done:
+        candidate = plain.ask()
+        plain.tell(candidate, **fitness(candidate))
+    judged, judge = [], Fitness._ready
+    monkeypatch.setattr(Fitness, "_ready", lambda self, *which: judged.append(which) or judge(self, *which))
+    raced = settings.model_copy(update={"racing": racing})
+    result = learn_ranking(model, graph, digits, 0.6, raced, FitnessSettings(), compute)
+    history = result.history
+    assert result.candidates == plain.candidates
+    assert result.ranking == plain.best
+    assert len(judged) == history.network.nunique() < 40
+    same = history.loc[history.network - 1, ["loss", "accuracy", "images"]].reset_index(drop=True)
+    assert same.equals(history[["loss", "accuracy", "images"]])
+    if not racing:
+        assert history.loss.tolist() == [row["loss"] for row in plain.history]

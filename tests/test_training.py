@@ -299,3 +299,12 @@ def test_the_same_seed_gives_the_same_bits(digits, compute):
         train(model, digits.fit, Recipe(epochs=1, batch_size=32, lr=0.05), compute, seed=3)
         digests.append(tensors_digest(model.state_dict()))
     assert digests[0] == digests[1]
+
+
+def test_classes_take_turns():
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    order = data.in_turn(labels)
+    assert sorted(order.tolist()) == list(range(100))
+    for n in (10, 25, 50):
+        counts = labels[order][:n].bincount(minlength=3)
+        assert (counts - n * torch.tensor([0.6, 0.3, 0.1])).abs().max() <= 1
