@@ -23,7 +23,6 @@ from legr.files import write_json, write_text
 from legr.fitness import Fitness, FitnessSettings
 from legr.inference import can_be_fast, fast_inference
 from legr.latency import measure
-from legr.search import SearchSettings, learn_ranking
 from legr.training import Compute, Recipe, train
 
 RESULTS = Path("results/benchmarks")
@@ -55,7 +54,7 @@ def row(what: str, yardstick: str, slow: float, fast: float) -> dict:
     return {"what": what, "yardstick": yardstick, "yardstick_s": slow, "ours_s": fast, "times_faster": slow / fast}
 
 
-def evaluation(compute: Compute, count: int, evaluations: int) -> list[dict]:
+def evaluation(compute: Compute, count: int) -> list[dict]:
     path = COMMITTED / "baseline.safetensors"
     model = models.load_weights(models.resnet56(), path)
     graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
@@ -73,19 +72,10 @@ def evaluation(compute: Compute, count: int, evaluations: int) -> list[dict]:
         },
         3,
     )
-    rows = [
+    return [
         row(f"one evaluation at 47%, {count:,} images, as cut", yardstick, times["plain"], times["loss"]),
         row("the same, BatchNorm recalibrated first (1,500 images)", yardstick, times["plain"], times["recalibrated"]),
     ]
-    settings = SearchSettings(population=max(2, evaluations // 2), evaluations=evaluations, sample=2)
-    searched = learn_ranking(model, graph, data, 0.47, settings, FitnessSettings(), compute)  # the candidates of both
-    start = time.perf_counter()
-    learn_ranking(model, graph, data, 0.47, settings, FitnessSettings(), compute)
-    ours_seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    for candidate in searched.candidates:
-        plain_evaluation(path, graph, candidate, 0.47, images)
-    return [*rows, row(f"a search of {evaluations} evaluations", yardstick, time.perf_counter() - start, ours_seconds)]
 
 
 def training(compute: Compute, count: int) -> list[dict]:
@@ -170,7 +160,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     compute = Compute().resolve()
     rows = selection() + slider()
-    rows += evaluation(compute, 500 if quick else 5000, 4 if quick else 8)
+    rows += evaluation(compute, 500 if quick else 5000)
     rows += training(compute, 512 if quick else 2560)
     speed, times = pd.DataFrame(rows), latency(compute, 3 if quick else 30)
     about = {
