@@ -4,7 +4,6 @@ import argparse
 import itertools
 import math
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 
