@@ -138,8 +138,8 @@ def main() -> None:
             f"CIFAR-10, ResNet-56 at {FRACTION:.0%} FLOPs, loss as cut on {len(judging):,} test images · "
             f"{arguments.evaluations} evaluations (population {population}, sample {settings.sample}), "
             f"seeds 0 to {seed}, racing {RACING} · {compute.device}, {compute.threads} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}, {compute.precision}; yardstick float32\n"
-            "the line of racing is an estimate, its end is exact"
+            f"{torch.backends.cpu.get_cpu_capability()}, {compute.precision}; yardstick float32 · "
+            "racing's line is an estimate, its end is exact"
         )
         write_text(RESULTS / "searches.csv", summary(table).to_csv(index=False, float_format="%.5g"))
         write_json(RESULTS / "searches.json", {"caption": caption, "torch": torch.__version__.split("+")[0]})

@@ -399,7 +399,7 @@ def latency_rounded(table: pd.DataFrame, caption: str) -> Figure:
             style = {"color": COLORS[method], "marker": markers[step], "alpha": 1 if step == 1 else 0.55}
             ax.plot(rows.flops_ratio, rows.latency_ratio, label=label, ls="-" if step == 1 else ":", ms=5, **style)
         dense = part[part.method == "dense"].latency_ms.iloc[0]
-        ax.set(title=f"{runtime}, batch {batch} (dense: {dense:.1f} ms)", xlim=(0, 1.05), ylim=(0, None))
+        ax.set(title=f"{runtime}, batch {batch}\ndense: {dense:.1f} ms", xlim=(0, 1.05), ylim=(0, None))
         ax.set(xlabel="FLOPs / dense", ylabel="latency / dense")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     return figure

@@ -81,15 +81,24 @@ def test_the_readme_says_what_the_benchmarks_measured():
         times = searches[searches.procedure == name].times_faster
         assert ", ".join(f"{times_faster:.2f}" for times_faster in times) in text
     raced = searches[searches.procedure == "racing"]
-    assert (raced.same_candidates == 1).all() == ("through the same 72 candidates" in text)
+    assert (raced.same_candidates == 1).all() == ("through the same 48 candidates" in text)
     assert "{:.0%}, {:.0%} and {:.0%} of the images".format(*raced.images_seen) in text
+    shares = [f"{share:.3f}" for share in raced.share_of_yardstick]
+    assert "{}, {} and {} of the authors' time".format(*shares) in text
     latency = pd.read_csv(results / "latency.csv")
-    dense = latency[latency.method == "dense"].groupby("batch").latency_ms.min()
-    latency = latency[(latency.method == "legr") & (latency.target == 0.47)]
-    for row in latency[latency.batch == 128].itertuples():
-        assert f"{row.latency_ratio:.2f}" in text
-    for ratio in latency.groupby("batch").latency_ms.min() / dense:
-        assert f"{ratio:.2f}" in text
+    dense = latency[latency.method == "dense"].set_index(["runtime", "batch"]).latency_ms
+    legr = latency[(latency.method == "legr") & (latency.target == 0.47)]
+    ratios = legr.set_index(["runtime", "batch", "round_to"]).latency_ratio
+    for runtime in latency.runtime.unique():
+        cells = []
+        for batch in (1, 128):
+            cells += [
+                f"{dense[runtime, batch]:.1f} ms",
+                *(f"{ratios[runtime, batch, step]:.2f}" for step in (1, 8, 16)),
+            ]
+        assert f"| {runtime} | {' | '.join(cells)} |" in text
+    for ratio in legr.groupby("batch").latency_ms.min() / dense.groupby("batch").min():
+        assert f"takes {ratio:.2f} of the fastest dense" in re.sub(r"\s+", " ", text)
     for row in pd.read_csv(results / "torch-pruning.csv").itertuples():
         cells = [row.as_cut, row.recalibrated, row.fine_tuned]
         cells = [f"{row.seconds_to_cut:.1f}", f"{row.flops_ratio:.1%}", *(f"{100 * cell:.2f}" for cell in cells)]
