@@ -87,7 +87,7 @@ class Fitness:
             tune(small, self.training, self.settings, self.compute, self.seed)
         return small
 
-    def networks(self, ranking: Ranking) -> str:
+    def fingerprint(self, ranking: Ranking) -> str:
         """A name of the networks that `ranking` is judged by; with the same name they keep the same filters."""
         scores, found = ranking.scores(self.norms), hashlib.sha256()
         for flops in self.settings.counts(self.flops):

@@ -259,7 +259,7 @@ class Search:
         """Judge one candidate, and send others on their way."""
         evolution = self.evolution
         while len(evolution.pending) < self.settings.in_flight and evolution.asked < self.settings.evaluations:
-            network = self.fitness.networks(evolution.ask())
+            network = self.fitness.fingerprint(evolution.ask())
             self.originals.setdefault(network, len(self.networks))
             self.networks.append(network)
             self._submit(len(self.networks) - 1)

@@ -23,6 +23,7 @@ PROJECT = Path(__file__).parent.parent
 NAME, PHOTOS = "cifar10-resnet56", "imagenet-mobilenetv2"
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items):
     """Of several processes (pytest -n 2 --dist loadgroup) one runs the pipeline and what looks at it."""
     for item in items:
