@@ -9,7 +9,7 @@ repro: install
 	dvc repro
 
 test: install
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 lint: install
 	ruff check . && ruff format --check .

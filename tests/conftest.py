@@ -23,14 +23,6 @@ PROJECT = Path(__file__).parent.parent
 NAME, PHOTOS = "cifar10-resnet56", "imagenet-mobilenetv2"
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items):
-    """Of several processes (pytest -n 2 --dist loadgroup) one runs the pipeline and what looks at it."""
-    for item in items:
-        own = "pipeline" if "done" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(own))
-
-
 class Inverted(nn.Module):
     """MobileNetV2's ingredients in small: expansion, depthwise, projection, residual, flatten."""
 
