@@ -7,8 +7,11 @@ import subprocess
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from safetensors.numpy import load_file
 
+import legr
 from experiments.config import workspace
 from experiments.figures import LABELS
 from tests.conftest import NAME, PHOTOS, PROJECT
@@ -103,6 +106,20 @@ def test_the_readme_says_what_the_benchmarks_measured():
         cells = [row.as_cut, row.recalibrated, row.fine_tuned]
         cells = [f"{row.seconds_to_cut:.1f}", f"{row.flops_ratio:.1%}", *(f"{100 * cell:.2f}" for cell in cells)]
         assert " | ".join([*cells, f"{row.latency_ratio_1:.2f}, {row.latency_ratio_128:.2f}"]) in text, row.method
+
+
+def test_the_readme_says_how_often_a_network_came_again():
+    results = PROJECT / "results" / "laptop" / NAME
+    model = legr.models.load_weights(legr.models.resnet56(), results / "baseline.safetensors")
+    graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
+    norms, again = legr.filter_norms(model, graph), []
+    for name in ("candidates", "candidates-tau0"):
+        maps = load_file(results / f"{name}.safetensors")
+        rankings = [legr.Ranking(tuple(a), tuple(k)) for a, k in zip(maps["scale"], maps["shift"], strict=True)]
+        networks = {torch.cat(legr.select(graph, r.scores(norms), 0.47)).numpy().tobytes() for r in rankings}
+        again.append(len(rankings) - len(networks))
+    text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    assert "of the 400 candidates of each of the two committed searches, {} and {} were".format(*again) in text
 
 
 def test_what_the_readme_links_to_exists():
