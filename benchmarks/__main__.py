@@ -4,7 +4,8 @@ import argparse
 import itertools
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -12,20 +13,27 @@ import torch
 from torch import nn
 
 import legr
+from benchmarks.apart import Apart
+from benchmarks.procedures import (
+    COMMITTED,
+    FRACTION,
+    authors_evaluation,
+    authors_training,
+    dense_network,
+    our_evaluation,
+    our_training,
+)
 from benchmarks.runtimes import OnnxNetwork
-from benchmarks.yardstick import plain_evaluation, plain_select, plain_training, random_images, side_by_side
+from benchmarks.yardstick import plain_select, side_by_side, timed
 from experiments.config import workspace
 from experiments.explorer import Controls, Instrument
 from legr import models
-from legr.data import Dataset
 from legr.files import write_json, write_text
-from legr.fitness import Fitness, FitnessSettings
 from legr.inference import can_be_fast, fast_inference
 from legr.latency import measure
-from legr.training import Compute, Recipe, train
+from legr.training import Compute
 
 RESULTS = Path("results/benchmarks")
-COMMITTED = Path("results/laptop/cifar10-resnet56")
 
 
 def selection() -> list[dict]:
@@ -34,86 +42,84 @@ def selection() -> list[dict]:
         model = models.build(name, classes, 0)
         graph = legr.trace(model, torch.zeros(1, 3, side, side))
         scores = legr.Ranking.norm_only(len(graph.layers)).scores(legr.filter_norms(model, graph))
-        assert all(map(torch.equal, plain_select(graph, scores, 0.47), legr.select(graph, scores, 0.47)))
-        kept = legr.select(graph, scores, 0.47)
+        assert all(map(torch.equal, plain_select(graph, scores, FRACTION), legr.select(graph, scores, FRACTION)))
+        kept = legr.select(graph, scores, FRACTION)
         functions = {
-            "plain": lambda g=graph, s=scores: plain_select(g, s, 0.47),
-            "legr": lambda g=graph, s=scores: legr.select(g, s, 0.47),
+            "plain": lambda g=graph, s=scores: plain_select(g, s, FRACTION),
+            "legr": lambda g=graph, s=scores: legr.select(g, s, FRACTION),
             "build": lambda m=model, g=graph, k=kept: legr.prune(m, g, k),
         }
-        times = side_by_side(functions, 5)
+        times = side_by_side({name: timed(function) for name, function in functions.items()}, 5)
         rows += [
-            row(f"choosing the filters, {name}", "one by one, FLOPs counted anew", times["plain"], times["legr"]),
-            row(f"building the network, {name}", "(no yardstick)", math.nan, times["build"]),
+            row(f"choosing the filters, {name}", "one by one, FLOPs counted anew", times["legr"], times["plain"]),
+            row(f"building the network, {name}", "(no yardstick)", times["build"]),
         ]
     return rows
 
 
-def row(what: str, yardstick: str, slow: float, fast: float) -> dict:
-    return {"what": what, "yardstick": yardstick, "yardstick_s": slow, "ours_s": fast, "times_faster": slow / fast}
+def row(what: str, yardstick: str, ours: float, stock: float = math.nan, kept: float = math.nan, precision="") -> dict:
+    """`stock`: the yardstick with the allocator as it comes; `kept`: told to keep its memory, as ours is."""
+    times = {"yardstick_s": stock, "yardstick_kept_s": kept, "ours_s": ours, "times_faster": stock / ours}
+    return {"what": what, "precision": precision, "yardstick": yardstick, **times, "times_faster_kept": kept / ours}
 
 
-def evaluation(compute: Compute, count: int) -> list[dict]:
-    path = COMMITTED / "baseline.safetensors"
-    model = models.load_weights(models.resnet56(), path)
-    graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
-    images, ranking = random_images(count), legr.Ranking.norm_only(len(graph.layers))
-    data = Dataset("random", list("0123456789"), random_images(2000, seed=1), images, images, "random")
-    ours = {
-        kind: Fitness(model, graph, data, 0.47, FitnessSettings(kind=kind), compute)
-        for kind in ("loss", "recalibrated")
-    }
-    yardstick = "float32, NCHW, batch 128, network read and cut anew"
-    times = side_by_side(
-        {
-            "plain": lambda: plain_evaluation(path, graph, ranking, 0.47, images),
-            **{kind: lambda f=fitness: f(ranking) for kind, fitness in ours.items()},
-        },
-        3,
-    )
+def precisions(compute: Compute) -> list[str]:
+    """Those that `compute` can have; the one that it has is first."""
+    return list(dict.fromkeys([compute.precision, "float32"]))
+
+
+def compared(
+    names: Mapping[str, str], yardstick: str, authors: tuple, ours: Mapping[tuple[str, str], tuple], repetitions: int
+) -> list[dict]:
+    """The authors' procedure twice (see `row`) and `ours` by name and precision, each in its own process."""
+    with ExitStack() as stack:
+        functions = {
+            "stock": stack.enter_context(Apart(*authors, keep_memory=False)),
+            "kept": stack.enter_context(Apart(*authors, keep_memory=True)),
+            **{key: stack.enter_context(Apart(*make, keep_memory=True)) for key, make in ours.items()},
+        }
+        times = side_by_side(functions, repetitions)
     return [
-        row(f"one evaluation at 47%, {count:,} images, as cut", yardstick, times["plain"], times["loss"]),
-        row("the same, BatchNorm recalibrated first (1,500 images)", yardstick, times["plain"], times["recalibrated"]),
+        row(names[name], yardstick, times[name, precision], times["stock"], times["kept"], precision)
+        for name, precision in ours
     ]
 
 
+def evaluation(compute: Compute, count: int) -> list[dict]:
+    names = {
+        "loss": f"one evaluation at 47%, {count:,} images, as cut",
+        "recalibrated": "the same, BatchNorm recalibrated first (1,500 images)",
+    }
+    ours = {
+        (kind, precision): (our_evaluation, count, kind, compute.model_copy(update={"precision": precision}))
+        for kind, precision in itertools.product(names, precisions(compute))
+    }
+    yardstick = "float32, NCHW, batch 128, network read and cut anew"
+    return compared(names, yardstick, (authors_evaluation, count), ours, 3)
+
+
 def training(compute: Compute, count: int) -> list[dict]:
-    images, rows = random_images(count), []
-    dense = models.load_weights(models.resnet56(), COMMITTED / "baseline.safetensors")
-    graph = legr.trace(dense, torch.zeros(1, 3, 32, 32))
-    kept = legr.select(
-        graph, legr.Ranking.load(COMMITTED / "ranking.json").scores(legr.filter_norms(dense, graph)), 0.47
-    )
-    recipe = Recipe(epochs=1, lr=1e-4)
-    for name in ("dense", "LeGR at 47%"):
-        slow, fast = (
-            legr.prune(dense, graph, kept)
-            if name != "dense"
-            else legr.prune(dense, graph, [torch.ones_like(k) for k in kept])
-            for _ in range(2)
-        )
-        functions = {
-            "plain": lambda m=slow: plain_training(m, images),
-            "legr": lambda m=fast: train(m, images.to(compute.device), recipe, compute, seed=0),
+    rows = []
+    for cut, name in ((False, "dense"), (True, "LeGR at 47%")):
+        ours = {
+            ("", precision): (our_training, count, cut, compute.model_copy(update={"precision": precision}))
+            for precision in precisions(compute)
         }
-        times = side_by_side(functions, 2)
-        rows.append(
-            row(f"training, {count:,} images, {name}", "float32, NCHW, no augmentation", times["plain"], times["legr"])
-        )
+        names, yardstick = {"": f"training, {count:,} images, {name}"}, "float32, NCHW, no augmentation"
+        rows += compared(names, yardstick, (authors_training, count, cut), ours, 2)
     return rows
 
 
-def latency(compute: Compute, repetitions: int) -> pd.DataFrame:
+def latency(compute: Compute, quick: bool) -> pd.DataFrame:
     """Latency relative to the dense network's of networks cut by the committed ranking, by what executes them.
 
     `PyTorch`: its own modules. `fused`: what evaluates candidates here, BatchNorm folded, activations and sums inside
-    oneDNN's convolutions. `ONNX Runtime`: exported, on a CPU in float32.
+    oneDNN's convolutions. `ONNX Runtime`: exported, on a CPU in float32. A single image with one thread and with all.
     """
-    dense = models.load_weights(models.resnet56(), COMMITTED / "baseline.safetensors").eval()
-    graph = legr.trace(dense, torch.zeros(1, 3, 32, 32))
+    dense, graph = dense_network()
     norms, ranking = legr.filter_norms(dense, graph), legr.Ranking.load(COMMITTED / "ranking.json")
     kept = {("dense", 1.0, 1): [torch.ones(width, dtype=torch.bool) for width in graph.widths]}
-    for fraction, round_to in itertools.product((0.7, 0.47, 0.3), (1, 8, 16)):
+    for fraction, round_to in itertools.product((0.7, FRACTION, 0.3), (1, 8, 16)):
         for method, select, values in (
             ("legr", legr.select, ranking.scores(norms)),
             ("uniform", legr.select_uniform, norms),
@@ -122,26 +128,34 @@ def latency(compute: Compute, repetitions: int) -> pd.DataFrame:
                 kept[method, fraction, round_to] = select(graph, values, fraction, round_to=round_to)
             except legr.UserError:
                 continue  # with wide steps a low target is out of reach
-    runtimes: dict[str, Callable[[nn.Module], nn.Module]] = {
-        "PyTorch": lambda network: network.to(compute.device, memory_format=torch.channels_last)
+    runtimes: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
+        "PyTorch": (compute.precision, lambda n: n.to(compute.device, memory_format=torch.channels_last))
     }
-    if can_be_fast(compute.device, compute.dtype):
-        runtimes["fused"] = lambda network: fast_inference(network, compute.dtype)
+    for precision in precisions(compute):
+        dtype = compute.model_copy(update={"precision": precision}).dtype
+        if can_be_fast(compute.device, dtype):
+            runtimes[f"fused, {precision}"] = (precision, lambda n, dtype=dtype: fast_inference(n, dtype))
     if compute.device == "cpu":
-        runtimes["ONNX Runtime"] = lambda network: OnnxNetwork(network, 32, compute.threads)
+        runtimes["ONNX Runtime"] = ("float32", lambda n: OnnxNetwork(n, 32))
     tables = []
-    for runtime, ready in runtimes.items():
+    for runtime, (precision, ready) in runtimes.items():
         networks = {key: ready(legr.prune(dense, graph, masks)) for key, masks in kept.items()}
-        table = measure(networks, 32, (1, 128), compute, repetitions, 3)
-        keys = table.pop("network")
-        first = table[[key[0] == "dense" for key in keys]].set_index("batch").latency_ms
-        table["latency_ratio"] = [ms / first[b] for ms, b in zip(table.latency_ms, table.batch, strict=True)]
-        table.insert(0, "runtime", runtime)
-        table.insert(1, "method", [key[0] for key in keys])
-        table.insert(2, "target", [key[1] for key in keys])
-        table.insert(3, "round_to", [key[2] for key in keys])
-        table["flops_ratio"] = [graph.flops(kept[key]) / graph.flops() for key in keys]
-        tables.append(table)
+        for threads, batch in dict.fromkeys([(1, 1), (compute.threads, 1), (compute.threads, 128)]):
+            here = compute.model_copy(update={"threads": threads, "precision": precision}).resolve()
+            for network in networks.values():
+                if isinstance(network, OnnxNetwork):
+                    network.use(threads)
+            table = measure(networks, 32, (batch,), here, 3 if quick else 200 if batch == 1 else 20, 3)
+            keys = table.pop("network")
+            table["latency_ratio"] = table.latency_ms / table.latency_ms[0]  # the dense network is the first
+            table.insert(0, "runtime", runtime)
+            table.insert(1, "threads", threads)
+            table.insert(2, "method", [key[0] for key in keys])
+            table.insert(3, "target", [key[1] for key in keys])
+            table.insert(4, "round_to", [key[2] for key in keys])
+            table["flops_ratio"] = [graph.flops(kept[key]) / graph.flops() for key in keys]
+            tables.append(table)
+    compute.resolve()  # the number of threads
     return pd.concat(tables, ignore_index=True)
 
 
@@ -149,8 +163,8 @@ def slider() -> list[dict]:
     """One move of the explorer's slider on the committed result: cut, count, redraw."""
     controls = Controls(Instrument(workspace("laptop", "cifar10-resnet56")))
     fractions = itertools.cycle((0.7, 0.3, 0.6, 0.4, 0.5))
-    times = side_by_side({"move": lambda: setattr(controls.flops, "value", next(fractions))}, 20)
-    return [row("one move of the explorer's slider", "(no yardstick)", math.nan, times["move"])]
+    times = side_by_side({"move": timed(lambda: setattr(controls.flops, "value", next(fractions)))}, 20)
+    return [row("one move of the explorer's slider", "(no yardstick)", times["move"])]
 
 
 def main() -> None:
@@ -161,7 +175,7 @@ def main() -> None:
     rows = selection() + slider()
     rows += evaluation(compute, 500 if quick else 5000)
     rows += training(compute, 512 if quick else 2560)
-    speed, times = pd.DataFrame(rows), latency(compute, 3 if quick else 30)
+    speed, times = pd.DataFrame(rows), latency(compute, quick)
     about = {
         "device": compute.device,
         "precision": compute.precision,

@@ -3,34 +3,37 @@
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
+
+from legr.export import to_onnx
 
 
 class OnnxNetwork(nn.Module):
     """A network exported to ONNX; images [N, 3, side, side] to logits, on the CPU, in float32."""
 
-    def __init__(self, network: nn.Module, side: int, threads: int):
+    def __init__(self, network: nn.Module, side: int):
         super().__init__()
-        example, batch = torch.zeros(2, 3, side, side), torch.export.Dim("batch")
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "network.onnx"
+            to_onnx(network, file, side)
+            self.exported = file.read_bytes()
+        self.use(threads=1)
+
+    def use(self, threads: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # Threads that wait for work in a loop would take the cores from the network that is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "network.onnx"
-            torch.onnx.export(
-                network.eval(),
-                (example,),
-                file,
-                input_names=["images"],
-                dynamic_shapes=({0: batch},),
-                external_data=False,
-                verbose=False,
-            )
-            self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(self.exported, options, providers=["CPUExecutionProvider"])
+        self.binding = self.session.io_binding()
+        self.classes = self.session.get_outputs()[0].shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        (logits,) = self.session.run(None, {"images": images.contiguous().numpy()})
-        return torch.from_numpy(logits)
+        images, logits = images.contiguous(), torch.empty(len(images), self.classes)
+        self.binding.bind_input("images", "cpu", 0, np.float32, images.shape, images.data_ptr())
+        self.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.data_ptr())
+        self.session.run_with_iobinding(self.binding)
+        return logits

@@ -1,22 +1,22 @@
 """python -m benchmarks.searches: whole searches on CIFAR-10, each procedure timed in the same run.
 
-The procedures take turns, candidate by candidate, so that a machine that slows down slows all of them. The yardstick
-judges the plain search's own candidates by the authors' procedure (float32, NCHW, batches of 128, the network read and
-cut anew, all images). They judge on test images, as many as the authors hold out: what is found here is not used.
-Writes results/benchmarks/searches.csv and its figure.
+The procedures take turns, candidate by candidate, each in its own process, so that a machine that slows down slows all
+of them. The yardstick judges the plain search's own candidates by the authors' procedure (float32, NCHW, batches of 128,
+the network read and cut anew, all images). They judge on test images, as many as the authors hold out: what is found
+here is not used. Writes results/benchmarks/searches.csv and its figure.
 """
 
 import argparse
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pandas as pd
 import torch
 
 import legr
+from benchmarks.apart import Apart
+from benchmarks.procedures import FRACTION
 from benchmarks.yardstick import plain_evaluation
 from experiments import figures
 from experiments.config import workspace
@@ -25,46 +25,79 @@ from legr.data import Dataset
 from legr.errors import UserError
 from legr.files import write_json, write_text
 from legr.fitness import Fitness, FitnessSettings
-from legr.search import Search, SearchSettings
+from legr.search import Search, SearchResult, SearchSettings
 from legr.training import Compute
 
 RESULTS = Path("results/benchmarks")
-FRACTION = 0.47
 RACING = 0.05
 
 
-def run(images: Dataset, settings: SearchSettings, compute: Compute) -> pd.DataFrame:
+class Authors:
+    """Judges a ranking by the authors' procedure."""
+
+    def __init__(self, images: Path, count: int):
+        self.weights = workspace("laptop", "cifar10-resnet56").baseline
+        self.graph = legr.trace(models.load_weights(models.resnet56(), self.weights), torch.zeros(1, 3, 32, 32))
+        self.images = judging(images, count).holdout
+
+    def __call__(self, ranking: legr.Ranking) -> float:
+        return plain_evaluation(self.weights, self.graph, ranking, FRACTION, self.images)
+
+
+class Ours:
+    """A search: `step` gives the candidate that it judged, `result` what it found."""
+
+    def __init__(self, images: Path, count: int, settings: SearchSettings, compute: Compute):
+        model = models.load_weights(models.resnet56(), workspace("laptop", "cifar10-resnet56").baseline)
+        graph, compute = legr.trace(model, torch.zeros(1, 3, 32, 32)), compute.resolve()
+        fitness = Fitness(model, graph, judging(images, count), FRACTION, FitnessSettings(), compute, settings.seed)
+        self.search = Search(fitness, settings)
+
+    def __call__(self, what: Literal["step", "result"]) -> legr.Ranking | SearchResult:
+        if what == "result":
+            return self.search.result()
+        self.search.step()
+        return self.search.evolution.candidates[-1]
+
+
+def judging(path: Path, count: int) -> Dataset:
+    """Test images as held-out ones: `count` of them in a random order (the stored ones go class by class)."""
+    images = data.load(path)
+    shuffled = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(0))
+    judges = images.test[shuffled[:count]]
+    return Dataset(images.name, images.classes, images.fit[:1], judges, judges, images.fingerprint)
+
+
+def run(images: Path, count: int, settings: SearchSettings, compute: Compute) -> pd.DataFrame:
     """Columns procedure, seed, evaluation, seconds (that its search has taken), loss, best, images, network and
     same_candidate (as in the plain search)."""
-    space = workspace("laptop", "cifar10-resnet56")
-    model = models.load_weights(models.resnet56(), space.baseline)
-    graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
-    plain, racing = (
-        Search(Fitness(model, graph, images, FRACTION, FitnessSettings(), compute, settings.seed), own)
-        for own in (settings, settings.model_copy(update={"racing": RACING}))
-    )
     clocks: dict[str, list[float]] = {"yardstick": [], "plain": [], "racing": []}
     losses = []
-    while not plain.evolution.done:
-        seconds, _ = timed(plain.step)
-        clocks["plain"].append(seconds)
-        candidate = plain.evolution.candidates[-1]
-        seconds, loss = timed(plain_evaluation, space.baseline, graph, candidate, FRACTION, images.holdout)
-        clocks["yardstick"].append(seconds)
-        losses.append(loss)
-        seconds, _ = timed(racing.step)
-        clocks["racing"].append(seconds)
-    seconds, raced = timed(racing.result)
-    clocks["racing"][-1] += seconds
-    whole = plain.result()
+    raced = settings.model_copy(update={"racing": RACING})
+    with (
+        Apart(Authors, images, count, keep_memory=False) as authors,
+        Apart(Ours, images, count, settings, compute, keep_memory=True) as plain,
+        Apart(Ours, images, count, raced, compute, keep_memory=True) as racing,
+    ):
+        for _ in range(settings.evaluations):
+            seconds, candidate = plain("step")
+            clocks["plain"].append(seconds)
+            seconds, loss = authors(candidate)
+            clocks["yardstick"].append(seconds)
+            losses.append(loss)
+            seconds, _ = racing("step")
+            clocks["racing"].append(seconds)
+        seconds, result = racing("result")
+        clocks["racing"][-1] += seconds
+        _, whole = plain("result")
     tables = {
         "yardstick": pd.DataFrame({"loss": losses, "best": pd.Series(losses).cummin()}).assign(
-            images=len(images.holdout), network=range(1, len(losses) + 1)
+            images=count, network=range(1, len(losses) + 1)
         ),
         "plain": whole.history,
-        "racing": raced.history,
+        "racing": result.history,
     }
-    same = [a == b for a, b in zip(raced.candidates, whole.candidates, strict=True)]
+    same = [a == b for a, b in zip(result.candidates, whole.candidates, strict=True)]
     columns = ["procedure", "seed", "evaluation", "seconds", "loss", "best", "images", "network", "same_candidate"]
     rows = [
         table.assign(
@@ -77,13 +110,6 @@ def run(images: Dataset, settings: SearchSettings, compute: Compute) -> pd.DataF
         for name, table in tables.items()
     ]
     return pd.concat(rows, ignore_index=True)[columns]
-
-
-def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
-    """Seconds, and what it returned."""
-    start = time.perf_counter()
-    found = function(*arguments)
-    return time.perf_counter() - start, found
 
 
 def summary(curves: pd.DataFrame) -> pd.DataFrame:
@@ -118,28 +144,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     compute = Compute().resolve()
+    images = workspace("laptop", "cifar10-resnet56").images
     try:
-        images = data.load(workspace("laptop", "cifar10-resnet56").images)
+        count = len(judging(images, arguments.images).holdout)
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
-    shuffled = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(0))
-    judging = images.test[shuffled[: arguments.images]]
-    images = Dataset(images.name, images.classes, images.fit, judging, images.test, images.fingerprint)
     population = max(arguments.evaluations // 5, 2)
     curves = []
     for seed in range(arguments.seeds):
         settings = SearchSettings(
             population=population, evaluations=arguments.evaluations, sample=max(population // 4, 1), seed=seed
         )
-        curves.append(run(images, settings, compute))
+        curves.append(run(images, count, settings, compute))
         table = pd.concat(curves, ignore_index=True)
         print(summary(table).round(3).to_string(index=False), flush=True)
         caption = (
-            f"CIFAR-10, ResNet-56 at {FRACTION:.0%} FLOPs, loss as cut on {len(judging):,} test images · "
+            f"CIFAR-10, ResNet-56 at {FRACTION:.0%} FLOPs, loss as cut on {count:,} test images · "
             f"{arguments.evaluations} evaluations (population {population}, sample {settings.sample}), "
             f"seeds 0 to {seed}, racing {RACING} · {compute.device}, {compute.threads} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}, {compute.precision}; yardstick float32 · "
-            "racing's line is an estimate, its end is exact"
+            "each in its own process · racing's line is an estimate, its end is exact"
         )
         write_text(RESULTS / "searches.csv", summary(table).to_csv(index=False, float_format="%.5g"))
         write_json(RESULTS / "searches.json", {"caption": caption, "torch": torch.__version__.split("+")[0]})

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,26 @@ from legr.data import Images, normalize
 from legr.ranking import MAX_PRUNED, MIN_WIDTH
 
 
-def side_by_side(functions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each function; they take turns, after one call of each that does not count."""
+def side_by_side(functions: Mapping[str, Callable[[], tuple[float, object]]], repetitions: int) -> dict[str, float]:
+    """Median of the seconds that each function gives first; they take turns, after one call of each, not counted."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(repetitions + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
+            seconds, _ = function()
             if repetition:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def timed(function: Callable[[], object]) -> Callable[[], tuple[float, object]]:
+    """The same, which gives its seconds first."""
+
+    def with_seconds() -> tuple[float, object]:
+        start = time.perf_counter()
+        found = function()
+        return time.perf_counter() - start, found
+
+    return with_seconds
 
 
 def plain_select(graph: legr.Graph, scores: list, flops: float) -> list:

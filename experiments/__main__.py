@@ -21,6 +21,9 @@ from legr.files import write_text
 
 NOTEBOOKS = Path("notebooks")
 
+# glibc hands large blocks back to the system at once, and a network takes the same ones in every step.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+
 
 def main() -> int:
     stages = ["data", *sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")), "report"]
@@ -75,8 +78,7 @@ def execute(name: str, space: Places, parameters: dict[str, str]) -> None:
     suffix = "".join(f"-{v}" for k, v in parameters.items() if k not in ("results", "overrides"))
     state = space.stage_state(name + suffix)
     os.environ["LEGR_STATE"] = str(state)
-    # glibc hands large blocks back to the system at once, and a network takes the same ones in every step.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)} | os.environ
+    os.environ |= KEEP_MEMORY | os.environ
     with tempfile.TemporaryDirectory() as folder, _progress(Path(folder) / "progress"):
         output = Path(folder) / "executed.ipynb"
 
