@@ -1,9 +1,9 @@
 """python -m benchmarks.searches: whole searches on CIFAR-10, each procedure timed in the same run.
 
 The procedures take turns, candidate by candidate, each in its own process, so that a machine that slows down slows all
-of them. The yardstick judges the plain search's own candidates by the authors' procedure (float32, NCHW, batches of 128,
-the network read and cut anew, all images). They judge on test images, as many as the authors hold out: what is found
-here is not used. Writes results/benchmarks/searches.csv and its figure.
+of them. The yardstick judges the plain search's own candidates by the authors' procedure (float32, NCHW, batches of
+128, the network read and cut anew, all images). They judge on test images, as many as the authors hold out: what is
+found here is not used. Writes results/benchmarks/searches.csv and its figure.
 """
 
 import argparse

@@ -383,23 +383,27 @@ def latency(table: pd.DataFrame, caption: str) -> Figure:
 
 
 def latency_rounded(table: pd.DataFrame, caption: str) -> Figure:
-    """Latency over FLOPs of networks whose widths are multiples of `round_to`; a row a batch, a column what ran them.
+    """Latency over FLOPs of networks whose widths are multiples of `round_to`; a column what ran them.
 
     Args:
-        table: columns runtime, method, round_to, batch, flops_ratio, latency_ratio, latency_ms.
+        table: columns runtime, threads, method, round_to, batch, flops_ratio, latency_ratio, latency_ms; a row of the
+            figure for each pair of batch and threads.
     """
-    runtimes, sizes = table.runtime.unique(), sorted(table.batch.unique())
-    figure, axes = _figure(table, caption, len(runtimes), 4 * len(runtimes), 3.9 * len(sizes), len(sizes))
+    runtimes = table.runtime.unique()
+    sizes = list(table[["batch", "threads"]].drop_duplicates().itertuples(index=False, name=None))
+    figure, axes = _figure(table, caption, len(runtimes), 3.6 * len(runtimes), 3.7 * len(sizes), len(sizes))
     markers = dict(zip(sorted(table.round_to.unique()), "osD^v", strict=False))
-    for (i, batch), (j, runtime) in itertools.product(enumerate(sizes), enumerate(runtimes)):
-        ax, part = axes[i, j], table[(table.runtime == runtime) & (table.batch == batch)]
+    for (i, (batch, threads)), (j, runtime) in itertools.product(enumerate(sizes), enumerate(runtimes)):
+        ax = axes[i, j]
+        part = table[(table.runtime == runtime) & (table.batch == batch) & (table.threads == threads)]
         ax.plot([0, 1], [0, 1], color=COLORS["paper"], ls=":", lw=1.2, label="latency ∝ FLOPs")
         for (method, step), rows in part[part.method != "dense"].groupby(["method", "round_to"]):
             label = f"{LABELS[method]}, widths of {step}" if step > 1 else LABELS[method]
             style = {"color": COLORS[method], "marker": markers[step], "alpha": 1 if step == 1 else 0.55}
             ax.plot(rows.flops_ratio, rows.latency_ratio, label=label, ls="-" if step == 1 else ":", ms=5, **style)
         dense = part[part.method == "dense"].latency_ms.iloc[0]
-        ax.set(title=f"{runtime}, batch {batch}\ndense: {dense:.1f} ms", xlim=(0, 1.05), ylim=(0, None))
+        cores = "1 thread" if threads == 1 else f"{threads} threads"
+        ax.set(title=f"{runtime}\nbatch {batch}, {cores} · dense: {dense:.1f} ms", xlim=(0, 1.05), ylim=(0, None))
         ax.set(xlabel="FLOPs / dense", ylabel="latency / dense")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     return figure

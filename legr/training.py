@@ -1,8 +1,10 @@
 """Training and evaluation: one recipe, one loop, per-epoch checkpoints that resume to the same result."""
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -125,11 +127,7 @@ def evaluate(
 def image_losses(
     model: nn.Module, images: Images | Files, compute: Compute, batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Of each image the cross-entropy, float32 [N], and whether the class is right, bool [N]; as `evaluate` does it.
-
-    On a CPU every thread computes batches of its own: small operations keep more cores busy so than split up
-    between them, and the number of threads does not change a bit.
-    """
+    """Of each image the cross-entropy, float32 [N], and whether the class is right, bool [N]; as `evaluate` does it."""
     on_cpu, was_training = images.device.type == "cpu", model.training
     size = batch_size or _batch_size(images, 128 if on_cpu else 500)
     if on_cpu and not batch_size:
@@ -140,23 +138,32 @@ def image_losses(
             logits = model(inputs).float()
             return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
 
-    def alone(start: int) -> tuple[Tensor, Tensor]:
-        torch.set_num_threads(1)  # of this thread's operations
-        return judge(*next(batches(images[start : start + size], size)))
-
     model.eval()
-    if on_cpu and isinstance(images, Images):
-        threads = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                parts = list(pool.map(alone, range(0, len(images), size)))
-        finally:
-            torch.set_num_threads(threads)
-    else:
-        parts = [judge(*batch) for batch in batches(images, size)]
+    parts = _of_each_batch(judge, images, size)
     model.train(was_training)
     losses, right = map(torch.cat, zip(*parts, strict=True))
     return losses, right
+
+
+def _of_each_batch(function: Callable[[Tensor, Tensor], Any], images: Images | Files, size: int) -> list:
+    """`function(inputs, labels)` of every batch, in order.
+
+    On a CPU every thread computes batches of its own: small operations keep more cores busy so than split up
+    between them, and the number of threads does not change a bit.
+    """
+    if images.device.type != "cpu" or not isinstance(images, Images):
+        return [function(*batch) for batch in batches(images, size)]
+
+    def alone(start: int) -> Any:
+        torch.set_num_threads(1)  # of this thread's operations
+        return function(*next(batches(images[start : start + size], size)))
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(alone, range(0, len(images), size)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _batch_size(images: Images | Files, at_32: int) -> int:
@@ -165,20 +172,42 @@ def _batch_size(images: Images | Files, at_32: int) -> int:
 
 
 def recalibrate(model: nn.Module, images: Images | Files, compute: Compute, batch_size: int | None = None) -> None:
-    """Re-estimate BatchNorm statistics as their average over `images`; weights are untouched."""
+    """Re-estimate BatchNorm statistics as their average over the batches of `images`; weights are untouched."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    was_training = model.training
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-    model.train()
-    with torch.inference_mode(), compute.autocast():
-        for inputs, _ in batches(images, batch_size or _batch_size(images, 250)):
+    norms = [norm for norm in norms if norm.running_mean is not None]
+    was_training, here = model.training, threading.local()
+
+    def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+        """By the batch's own statistics, which are noted and not stored: several batches may be on their way."""
+        y, mean, scale = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+        count = x.numel() // x.shape[1]
+        variance = (scale.float() ** -2 - norm.eps).clamp(min=0) * count / max(count - 1, 1)
+        here.found[norm].append(torch.stack([mean.float(), variance]))
+        return y
+
+    def statistics(inputs: Tensor, _: Tensor) -> dict[nn.Module, list[Tensor]]:
+        here.found = {norm: [] for norm in norms}
+        with torch.inference_mode(), compute.autocast():
             model(inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.train(was_training)
+        return here.found
+
+    model.train()
+    try:
+        for norm in norms:
+            norm.forward = partial(normalize, norm)
+        found = _of_each_batch(statistics, images, batch_size or _batch_size(images, 250))
+    finally:
+        for norm in norms:
+            del norm.forward
+        model.train(was_training)
+    for norm in norms:
+        seen = [moments for batch in found for moments in batch[norm]]
+        norm.reset_running_stats()
+        if seen:
+            mean, variance = torch.stack(seen).mean(0)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+            norm.num_batches_tracked.fill_(len(seen))
 
 
 def train(

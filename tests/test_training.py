@@ -126,6 +126,33 @@ def test_recalibration_is_the_average_over_the_images(digits, compute):
     torch.testing.assert_close(model.bn1.running_mean, sum(halves) / 2, rtol=1e-4, atol=1e-5)
 
 
+def test_recalibrated_statistics_are_pytorchs_own_average(digits, compute):
+    model, plain = fresh().eval(), fresh()
+    recalibrate(model, digits.fit.first(130), compute, batch_size=50)
+    for norm in (m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None
+    plain.train()
+    with torch.inference_mode():
+        for part in digits.fit.first(130).pixels.split(50):
+            plain(data.normalize(part))
+    assert not model.training
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
+    assert model.state_dict().keys() == fresh().state_dict().keys() and model(data.normalize(part)).isfinite().all()
+
+
+def test_recalibration_does_not_depend_on_the_number_of_threads(digits, compute):
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            recalibrate(model := fresh(), digits.fit.first(130), compute, batch_size=20)
+            found.append(model.state_dict())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_bfloat16_agrees_with_float32(digits, compute):
     model = fresh()
     train(model, digits.fit, Recipe(epochs=1, batch_size=64, lr=0.05, flip=False), compute, seed=0)
