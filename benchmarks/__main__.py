@@ -5,7 +5,7 @@ import itertools
 import math
 import platform
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -30,11 +30,10 @@ from experiments.explorer import Controls, Instrument
 from legr import models
 from legr.files import write_json, write_text
 from legr.inference import can_be_fast, fast_inference
-from legr.latency import against_dense, measure
+from legr.latency import measure
 from legr.training import Compute
 
 RESULTS = Path("results/benchmarks")
-LATENCY = 0.54
 
 
 def selection() -> list[dict]:
@@ -116,26 +115,19 @@ def latency(compute: Compute, quick: bool) -> pd.DataFrame:
 
     `PyTorch`: its own modules. `fused`: what evaluates candidates here, BatchNorm folded, activations and sums inside
     oneDNN's convolutions. `ONNX Runtime`: exported, on a CPU in float32. A single image with one thread and with all.
-    Beside networks of a FLOP budget, those of a latency budget, measured as `fused` with batches of 128.
     """
     dense, graph = dense_network()
     norms, ranking = legr.filter_norms(dense, graph), legr.Ranking.load(COMMITTED / "ranking.json")
-    kept = {("dense", "FLOPs", 1.0, 1): [torch.ones(width, dtype=torch.bool) for width in graph.widths]}
+    kept = {("dense", 1.0, 1): [torch.ones(width, dtype=torch.bool) for width in graph.widths]}
     for fraction, round_to in itertools.product((0.7, FRACTION, 0.3), (1, 8, 16)):
         for method, select, values in (
             ("legr", legr.select, ranking.scores(norms)),
             ("uniform", legr.select_uniform, norms),
         ):
             try:
-                kept[method, "FLOPs", fraction, round_to] = select(graph, values, fraction, round_to=round_to)
+                kept[method, fraction, round_to] = select(graph, values, fraction, round_to=round_to)
             except legr.UserError:
                 continue  # with wide steps a low target is out of reach
-    measured = against_dense(dense, graph, 32, 128, compute, 3 if quick else 10, fused=True)
-    for round_to in (8, 16):
-        with suppress(legr.UserError):
-            kept["legr", "latency", LATENCY, round_to] = legr.select(
-                graph, ranking.scores(norms), latency=LATENCY, measure=measured, round_to=round_to
-            )
     runtimes: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
         "PyTorch": (compute.precision, lambda n: n.to(compute.device, memory_format=torch.channels_last))
     }
@@ -159,9 +151,8 @@ def latency(compute: Compute, quick: bool) -> pd.DataFrame:
             table.insert(0, "runtime", runtime)
             table.insert(1, "threads", threads)
             table.insert(2, "method", [key[0] for key in keys])
-            table.insert(3, "budget", [key[1] for key in keys])
-            table.insert(4, "target", [key[2] for key in keys])
-            table.insert(5, "round_to", [key[3] for key in keys])
+            table.insert(3, "target", [key[1] for key in keys])
+            table.insert(4, "round_to", [key[2] for key in keys])
             table["flops_ratio"] = [graph.flops(kept[key]) / graph.flops() for key in keys]
             tables.append(table)
     compute.resolve()  # the number of threads

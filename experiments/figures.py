@@ -403,8 +403,9 @@ def latency_rounded(table: pd.DataFrame, caption: str) -> Figure:
             ax.plot(rows.flops_ratio, rows.latency_ratio, label=label, ls="-" if step == 1 else ":", ms=5, **style)
         dense = part[part.method == "dense"].latency_ms.iloc[0]
         cores = "1 thread" if threads == 1 else f"{threads} threads"
-        ax.set(title=f"{runtime}\nbatch {batch}, {cores} · dense: {dense:.1f} ms", xlim=(0, 1.05), ylim=(0, None))
-        ax.set(xlabel="FLOPs / dense", ylabel="latency / dense")
+        ax.set_title(f"{runtime}\nbatch {batch}, {cores}\ndense: {dense:.1f} ms", fontsize=11)
+        ax.set(xlim=(0, 1.05), ylim=(0, None))
+        ax.set(xlabel="FLOPs / dense" if i == len(sizes) - 1 else "", ylabel="" if j else "latency / dense")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     return figure
 
