@@ -47,17 +47,20 @@ def to_onnx(network: nn.Module, path: str | Path, side: int) -> None:
 def _with_convolved_shortcuts(network: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     traced = network if isinstance(network, fx.GraphModule) else fx.symbolic_trace(network)
     ShapeProp(traced).propagate(example)
-    for pad in list(traced.graph.nodes):
-        if pad.target is not F.pad or pad.kwargs.get("value") or pad.kwargs.get("mode", "constant") != "constant":
+    for pad in [node for node in traced.graph.nodes if node.target is F.pad]:
+        given = {"mode": "constant", "value": None} | dict(
+            zip(("input", "pad", "mode", "value"), pad.args, strict=False)
+        )
+        given |= pad.kwargs
+        source, amounts, stride = given["input"], given["pad"], 1
+        if given["mode"] != "constant" or given["value"] or len(amounts) != 6 or any(amounts[:4]) or min(amounts) < 0:
             continue
-        amounts = pad.kwargs["pad"] if "pad" in pad.kwargs else pad.args[1]
-        source, stride = pad.args[0], 1
         if source.target is operator.getitem and _stride(source.args[1]):
             source, stride = source.args[0], _stride(source.args[1])
-        if len(amounts) < 6 or any(amounts[:4]) or min(amounts) < 0:
+        shape = source.meta["tensor_meta"].shape
+        if len(shape) != 4:
             continue
-        channels = source.meta["tensor_meta"].shape[1]
-        front, back = amounts[4:6]
+        channels, (front, back) = shape[1], amounts[4:]
         conv = nn.Conv2d(channels, front + channels + back, 1, stride, bias=False)
         conv.weight.data.zero_()
         conv.weight.data[front : front + channels, :, 0, 0] = torch.eye(channels)

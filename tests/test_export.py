@@ -55,7 +55,7 @@ class Padded(torch.nn.Module):
 
     def forward(self, x):
         pad = torch.nn.functional.pad
-        y = pad(self.conv(pad(x, (1, 1, 1, 1))), (0, 0, 0, 0, 1, 2), value=0.5)
+        y = pad(self.conv(pad(x, (1, 1, 1, 1))), (0, 0, 0, 0, 1, 2), "constant", 0.5)
         z = pad(x[:, :, 1::2, 1::2], (0, 0, 0, 0, 2, 4)) + pad(x, (0, 0, 0, 0, 6, 0))[:, :, ::2, ::2]
         return y[:, :, ::2, ::2].mean((2, 3)) + z.mean((2, 3))
 
