@@ -26,6 +26,7 @@ from legr.training import Compute, evaluate, recalibrate, train
 
 RESULTS = Path("results/benchmarks")
 FRACTION = 0.47
+METHODS = (("Torch-Pruning", 1), ("legr", 1), ("norm", 1), ("uniform", 1), ("legr", 8), ("legr", 16))  # and `round_to`
 
 
 def by_torch_pruning(model: nn.Module) -> nn.Module:
@@ -49,7 +50,7 @@ def by_torch_pruning(model: nn.Module) -> nn.Module:
     return model
 
 
-def cut(method: str, weights: Path, ranking: legr.Ranking) -> tuple[nn.Module, float]:
+def cut(method: str, round_to: int, weights: Path, ranking: legr.Ranking) -> tuple[nn.Module, float]:
     """The pruned network, and the seconds that cutting took, from the loaded network on."""
     model = models.load_weights(models.resnet56(), weights).eval()
     start = time.perf_counter()
@@ -58,7 +59,7 @@ def cut(method: str, weights: Path, ranking: legr.Ranking) -> tuple[nn.Module, f
     else:
         graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
         norms = legr.filter_norms(model, graph)
-        small = legr.prune(model, graph, select_by(method, graph, norms, ranking, FRACTION))
+        small = legr.prune(model, graph, select_by(method, graph, norms, ranking, FRACTION, round_to=round_to))
     return small, time.perf_counter() - start
 
 
@@ -79,32 +80,33 @@ def main() -> None:
     fitting, example = images.train[order], torch.zeros(1, 3, 32, 32)
     ranking = legr.Ranking.load(space.ranking("legr"))
     dense = models.load_weights(models.resnet56(), space.baseline).eval()
-    rows, networks = [], {"dense": dense}
-    for method in ("Torch-Pruning", "legr", "norm", "uniform"):
-        small, seconds = cut(method, space.baseline, ranking)
-        networks[method] = small
+    rows, networks = [], {("dense", 1): dense}
+    for method, round_to in METHODS:
+        small, seconds = cut(method, round_to, space.baseline, ranking)
+        networks[method, round_to] = small
         row = {
             "method": method,
+            "round_to": round_to,
             "seconds_to_cut": seconds,
             "flops_ratio": multiply_accumulates(small, example) / multiply_accumulates(dense, example),
             "params": sum(p.numel() for p in small.parameters()),
             "as_cut": evaluate(small, images.test, compute)["accuracy"],
         }
-        again, _ = cut(method, space.baseline, ranking)
+        again, _ = cut(method, round_to, space.baseline, ranking)
         recalibrate(again, images.fit[order[order < len(images.fit)][:1500]], compute)
         row["recalibrated"] = evaluate(again, images.test, compute)["accuracy"]
         for seed in range(arguments.seeds):
-            tuned, _ = cut(method, space.baseline, ranking)
+            tuned, _ = cut(method, round_to, space.baseline, ranking)
             train(tuned, fitting, recipe, compute, seed=seed, state_folder=space.state / "torch-pruning")
             accuracy = evaluate(tuned, images.test, compute)["accuracy"]
             rows.append(row | {"seed": seed, "fine_tuned": accuracy})
             print(pd.DataFrame(rows[-1:]).round(4).to_string(index=False), flush=True)
     times = measure(networks, 32, (1, 128), compute, 20)
-    ratios = times.pivot(index="network", columns="batch", values="latency_ms")
-    ratios = ratios / ratios.loc["dense"]
+    taken = dict(zip(zip(times.network, times.batch, strict=True), times.latency_ms, strict=True))
     table = pd.DataFrame(rows)
-    for batch in ratios.columns:
-        table[f"latency_ratio_{batch}"] = table.method.map(ratios[batch])
+    for batch in times.batch.unique():
+        keys = zip(table.method, table.round_to, strict=True)
+        table[f"latency_ratio_{batch}"] = [taken[key, batch] / taken[("dense", 1), batch] for key in keys]
     write_text(RESULTS / "torch-pruning.csv", table.to_csv(index=False, float_format="%.5g"))
     about = {
         "torch_pruning": importlib.metadata.version("torch-pruning"),

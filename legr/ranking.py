@@ -239,15 +239,15 @@ def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = 
 
 
 def select_by(
-    method: str, graph: Graph, norms: Sequence[Tensor], ranking: Ranking | None, flops: float
+    method: str, graph: Graph, norms: Sequence[Tensor], ranking: Ranking | None, flops: float, round_to: int = 1
 ) -> list[Tensor]:
     """The selection that a method's name stands for: `uniform`, `norm`, or a learned ranking."""
     if method == "uniform":
-        return select_uniform(graph, norms, flops)
+        return select_uniform(graph, norms, flops, round_to=round_to)
     ranking = Ranking.norm_only(len(graph.layers)) if method == "norm" else ranking
     if ranking is None:
         raise UserError(f"method is {method!r}; it needs a learned ranking (only norm and uniform do without)")
-    return select(graph, ranking.scores(norms), flops)
+    return select(graph, ranking.scores(norms), flops, round_to=round_to)
 
 
 def random_ranking(norms: Sequence[Tensor], generator: np.random.Generator) -> Ranking:
