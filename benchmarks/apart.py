@@ -7,11 +7,12 @@ with the settings that this project's pipeline gives its own processes.
 
 import multiprocessing
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
+from benchmarks.yardstick import timed
 from experiments.__main__ import KEEP_MEMORY
 
 
@@ -55,6 +56,4 @@ def _make(make: Callable[..., Callable], arguments: tuple) -> None:
 
 
 def _call(*arguments: Any) -> tuple[float, Any]:
-    start = time.perf_counter()
-    found = _procedure(*arguments)
-    return time.perf_counter() - start, found
+    return timed(partial(_procedure, *arguments))()

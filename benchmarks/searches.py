@@ -16,11 +16,11 @@ import torch
 
 import legr
 from benchmarks.apart import Apart
-from benchmarks.procedures import FRACTION
+from benchmarks.procedures import COMMITTED, FRACTION, dense_network
 from benchmarks.yardstick import plain_evaluation
 from experiments import figures
 from experiments.config import workspace
-from legr import data, models
+from legr import data
 from legr.data import Dataset
 from legr.errors import UserError
 from legr.files import write_json, write_text
@@ -36,21 +36,19 @@ class Authors:
     """Judges a ranking by the authors' procedure."""
 
     def __init__(self, images: Path, count: int):
-        self.weights = workspace("laptop", "cifar10-resnet56").baseline
-        self.graph = legr.trace(models.load_weights(models.resnet56(), self.weights), torch.zeros(1, 3, 32, 32))
+        _, self.graph = dense_network()
         self.images = judging(images, count).holdout
 
     def __call__(self, ranking: legr.Ranking) -> float:
-        return plain_evaluation(self.weights, self.graph, ranking, FRACTION, self.images)
+        return plain_evaluation(COMMITTED / "baseline.safetensors", self.graph, ranking, FRACTION, self.images)
 
 
 class Ours:
     """A search: `step` gives the candidate that it judged, `result` what it found."""
 
     def __init__(self, images: Path, count: int, settings: SearchSettings, compute: Compute):
-        model = models.load_weights(models.resnet56(), workspace("laptop", "cifar10-resnet56").baseline)
-        graph, compute = legr.trace(model, torch.zeros(1, 3, 32, 32)), compute.resolve()
-        fitness = Fitness(model, graph, judging(images, count), FRACTION, FitnessSettings(), compute, settings.seed)
+        (model, graph), judges, compute = dense_network(), judging(images, count), compute.resolve()
+        fitness = Fitness(model, graph, judges, FRACTION, FitnessSettings(), compute, settings.seed)
         self.search = Search(fitness, settings)
 
     def __call__(self, what: Literal["step", "result"]) -> legr.Ranking | SearchResult:
