@@ -166,7 +166,7 @@ def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, capt
     top.axhline(1, color=COLORS["norm"], ls="--", lw=1, label="norm-only (α = 1, κ = 0)")
     top.set(ylabel="scale α")
     _losses(top, "y", ranking.scale)
-    top.legend(loc="upper right")
+    figure.legend(*top.get_legend_handles_labels(), loc="outside upper right")
     bottom.vlines(layers, 0, shift, color=COLORS[method])
     bottom.plot(layers, shift, "o", ms=4, color=COLORS[method])
     bottom.axhline(0, color=COLORS["norm"], ls="--", lw=1)
