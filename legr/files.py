@@ -1,23 +1,28 @@
-"""Writing files so that a reader finds the old one or the whole new one, never a half."""
+"""Files and mistakes: whole files or none, names for what a result depends on, and the one exception for users."""
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
-from legr.errors import UserError
+
+class UserError(ValueError):
+    """A mistake in what a user hands in: one sentence with the parameter or file, its value and what is allowed."""
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; moved onto it when the block ends without an error.
+    """A temporary path beside `path`, moved onto it when the block ends without an error.
 
-    Raises UserError where the disk is full, or the folder can't be written to; `path` is then as it was.
+    Raises:
+        UserError: the disk is full or the folder can't be written to; `path` is then as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -42,7 +47,46 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: str | Path, what: str) -> Any:
+    """The JSON value in `path`; errors say that it holds the `what`."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; it holds the {what}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a JSON file ({error}); it should hold the {what}") from None
+
+
 def digest(value: Any) -> str:
-    """Short SHA-256 of a JSON-able value: the name of the state that depends on just that value."""
+    """Short SHA-256 of a JSON-able value: names the state or result that depends on just that value."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Short SHA-256 of named tensors: their values, shapes and types."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def save_state(path: str | Path, state: dict[str, Any]) -> None:
+    """Tensors, numbers, strings and containers of them, from which interrupted work resumes."""
+    buffer = io.BytesIO()  # torch.save to a full disk raises an error that does not say so
+    torch.save(state, buffer)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_state(path: str | Path) -> dict[str, Any] | None:
+    """What `save_state` wrote, or None if there is nothing; never runs pickled code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        raise UserError(
+            f"checkpoint {path} is corrupt ({type(error).__name__}); delete it to start this step again"
+        ) from None

@@ -1,16 +1,15 @@
-"""The networks of the paper, and loading weights into them without executing pickled code."""
+"""The networks of the paper, and their weights as files: read without running pickled code."""
 
 import itertools
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from legr.errors import UserError
+from legr.files import UserError, atomic
 
 
 class ZeroPadShortcut(nn.Module):
@@ -80,122 +79,43 @@ def mobilenet_v2(num_classes: int = 1000) -> nn.Module:
     return torchvision.models.mobilenet_v2(weights=None, num_classes=num_classes)
 
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {
-    "resnet56": resnet56,
-    "mobilenet_v2": mobilenet_v2,
-}
-
-
-SMALLEST_SIDE = {"resnet56": 4, "mobilenet_v2": 32}  # one pixel is left after all strides
+MODELS: dict[str, Callable[[int], nn.Module]] = {"resnet56": resnet56, "mobilenet_v2": mobilenet_v2}
 
 
 def build(name: str, num_classes: int, seed: int) -> nn.Module:
-    """A freshly initialized network without dropout (the paper's choice); the same `seed` gives the same weights."""
+    """A freshly initialized network; the same `seed` gives the same weights."""
     if name not in MODELS:
         raise UserError(f"model is {name!r}; it must be one of {', '.join(MODELS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MODELS[name](num_classes)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
+        return MODELS[name](num_classes)
 
 
-def imagenet_classes() -> list[str]:
-    """The 1,000 WordNet ids of ILSVRC2012, in the order of a classifier's outputs."""
-    return Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="ascii").split()
+def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict for a file: weights of convolutions and linear layers as float16, all else as it is."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in state.items()}
 
 
-def imagenet_rows(classes: Sequence[str]) -> list[int]:
-    """Which outputs of a 1,000-class classifier are `classes`; raises UserError for what is none of the 1,000."""
-    known = {wnid: i for i, wnid in enumerate(imagenet_classes())}
-    if unknown := [name for name in classes if name not in known]:
-        kind = "not one of ImageNet's 1,000 classes" if re.fullmatch(r"n\d{8}", unknown[0]) else "not a WordNet id"
-        raise UserError(f"class folder {unknown[0]!r} is {kind}; folders must be named as in n01440764")
-    return [known[name] for name in classes]
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write a safetensors file with weights `halved`."""
+    with atomic(path) as temporary:
+        save_file(halved(model.state_dict()), temporary)
 
 
-def load_weights(model: nn.Module, path: str | Path, rows: Sequence[int] | None = None) -> nn.Module:
-    """Fill `model` from a safetensors file, or a state dict saved by torch.save (read without running its code).
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Fill `model` from a safetensors file, or a state dict saved by torch.save (.pt, .pth).
 
-    Args:
-        rows: where the file's classifier has ImageNet's 1,000 classes, those of its rows that `model` keeps.
-
-    Raises UserError if the file is not whole or not of this network, or if a number in it is not finite.
+    Raises:
+        UserError: the file is not whole, or of another network.
     """
-    size, expected = _size(path), sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if size > 16 * expected + 2**26:  # room for 1,000 classes in place of a few, and for double precision
-        raise UserError(f"weights file {path} has {size:,} bytes; {type(model).__name__} needs about {expected:,}")
-    return _fill(model, _read(path), f"weights file {path}", rows)
-
-
-def load_torchvision(model: nn.Module, name: str, folder: str | Path, rows: Sequence[int] | None = None) -> nn.Module:
-    """Fill `model` with torchvision's ImageNet weights for `name`, downloaded into `folder` and checked by hash.
-
-    They are the first version (IMAGENET1K_V1; MobileNetV2: 71.9%), which the paper prunes.
-    """
-    import torchvision
-
     try:
-        url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
-    except (KeyError, ValueError):
-        raise UserError(f"baseline.weights is 'torchvision'; torchvision has no ImageNet weights of {name}") from None
-    try:
-        state = torch.hub.load_state_dict_from_url(
-            url, str(folder), map_location="cpu", check_hash=True, weights_only=True, progress=False
-        )
-    except Exception as error:
-        raise UserError(
-            f"torchvision's weights {url.rsplit('/', 1)[1]} could not be downloaded into {folder} ({error}); "
-            f"set baseline.weights in params.yaml, or LEGR_{name.upper()}, to a weights file"
-        ) from None
-    return _fill(model, state, f"torchvision's {name}", rows)
-
-
-def _size(path: str | Path) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return 0  # reading it will tell why
-
-
-def _read(path: str | Path) -> dict[str, Tensor]:
-    try:
-        if Path(path).suffix in (".pt", ".pth"):
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return load_file(path)
+        pickled = Path(path).suffix in (".pt", ".pth")
+        state = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+        model.load_state_dict(state)
     except FileNotFoundError:
         raise UserError(f"weights file {path} does not exist; run the stage that makes it") from None
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        kind = "state dict of tensors" if Path(path).suffix in (".pt", ".pth") else "safetensors file"
-        raise UserError(f"weights file {path} is not a whole {kind} ({reason})") from None
-
-
-def _fill(model: nn.Module, state: dict[str, Tensor], where: str, rows: Sequence[int] | None) -> nn.Module:
-    expected = model.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise UserError(f"{where} is not a state dict: a mapping from names to tensors")
-    if rows is not None:
-        last = [name for name in expected if name.endswith(".weight")][-1]  # the classifier's
-        for name in (last, last.replace(".weight", ".bias")):
-            if name in state and state[name].ndim and len(state[name]) == 1000:
-                state = state | {name: state[name][list(rows)]}
-    # A counter that older files lack and nothing here reads.
-    counters = {n: t for n, t in expected.items() if n.endswith(".num_batches_tracked")}
-    state = counters | state
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state or name not in expected or state[name].shape != expected[name].shape:
-            raise UserError(
-                f"{where} belongs to another network: tensor {name!r} is "
-                f"{_shape(state, name)} there and must be {_shape(expected, name)}"
-            )
-        if not torch.isfinite(state[name]).all():
-            raise UserError(f"{where} is spoilt: tensor {name!r} holds values that are not finite")
-    model.load_state_dict(state)
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"weights file {path} can't be loaded into {type(model).__name__}: {reason}") from None
     return model
-
-
-def _shape(state: dict[str, Tensor], name: str) -> str:
-    return str(list(state[name].shape)) if name in state else "absent"

@@ -1,27 +1,23 @@
 """Eq. 1 and LeGR-Pruning (Fig. 2), and the two baselines: norm-only and uniform."""
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from legr.errors import UserError
-from legr.files import write_json
+from legr.files import UserError, read_json, write_json
 from legr.graph import Graph, check_per_layer
 
-MAX_PRUNED = 0.9  # a layer never loses more than floor(0.9 n) of its n filters...
+FLOOR = 0.1  # a layer of n filters never loses more than floor(0.9·n) (CIFAR-10; 0.2 on ImageNet)...
 MIN_WIDTH = 2  # ...and never ends with fewer than 2
-LARGEST_FILE = 10_000_000  # bytes of a ranking; one of 1,000 layers has 40,000
 
 
 def filter_norms(model: nn.Module, graph: Graph) -> list[Tensor]:
-    """‖Θ_i‖², the squared L2 norm of each filter's weights: one float32 tensor [width] per layer."""
+    """‖Θ_i‖², the squared L2 norm of each filter's weights: one float32 tensor [width] per layer, on the CPU."""
     weights = [model.get_submodule(layer.name).weight.detach().float() for layer in graph.layers]
     norms = [weight.pow(2).sum(tuple(range(1, weight.dim()))).cpu() for weight in weights]
     check_per_layer(graph, norms, "model")
@@ -65,24 +61,14 @@ class Ranking:
 
     @classmethod
     def load(cls, path: str | Path) -> "Ranking":
+        value = read_json(path, "ranking; learn it first (the ranking stage)")
         try:
-            if (size := Path(path).stat().st_size) > LARGEST_FILE:
-                raise UserError(f"ranking {path} has {size:,} bytes; a ranking has {LARGEST_FILE:,} at most")
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(tuple(map(float, value["scale"])), tuple(map(float, value["shift"])))
-        except UserError:
-            raise
-        except FileNotFoundError:
-            raise UserError(f"ranking {path} does not exist; learn it first (the ranking stage)") from None
-        except Exception:
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f": {error}" if isinstance(error, UserError) else ""
             raise UserError(
-                f"ranking {path} is not a JSON object with the lists of numbers 'scale' and 'shift'"
+                f"ranking {path} is not a JSON object with the lists of numbers 'scale' and 'shift'{reason}"
             ) from None
-
-
-def check_fraction(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and 0 < value <= 1):
-        raise UserError(f"{name} is {value}; it must be a fraction of the dense network's, above 0 and at most 1")
 
 
 def select(
@@ -90,25 +76,26 @@ def select(
     scores: Sequence[Tensor],
     flops: float | None = None,
     *,
-    params: float | None = None,
-    latency: float | None = None,
-    measure: Callable[[list[Tensor]], float] | None = None,
+    target: float | None = None,
+    cost: Callable[[list[Tensor]], float] | None = None,
+    floor: float = FLOOR,
+    keep: Collection[str] = (),
     round_to: int = 1,
 ) -> list[Tensor]:
-    """LeGR-Pruning (Fig. 2): drop units from the lowest score up until FLOPs first fall below the target.
+    """LeGR-Pruning (Fig. 2): drop units from the lowest score up until the cost first falls below the target.
 
-    A unit's score is the sum of its filters' importances. Units of a layer that has reached its
-    floor are passed over.
+    A unit's score is the sum of its filters' scores. A unit is passed over if a layer of it is at its floor.
 
     Args:
         scores: one tensor [width] per layer, as `Ranking.scores` gives.
-        flops: target as a fraction of the dense network's, in (0, 1].
-        params: a target for the parameters instead.
-        latency: a target for the latency instead, as `measure` gives it.
-        measure: the latency of the network with these masks, as a fraction of the dense network's; such as
-            `latency.against_dense` makes. It is asked about ten times.
-        round_to: units that are dropped alike stay in multiples of this many (or all): those on the way to the
-            next multiple are kept. Processors compute channels by the vector, filled or not.
+        flops: the target as a fraction of the dense network's FLOPs, in (0, 1].
+        target, cost: a target for another cost instead, as a fraction of the dense network's. `cost(kept)` takes
+            masks as returned here and must not grow when filters go: `graph.params`, or a measured latency.
+            It is called about log2(units) times.
+        floor: the fraction of each layer that stays at least; see `FLOOR` and `MIN_WIDTH`.
+        keep: names of layers that stay whole, with all that is coupled with them.
+        round_to: of each kind of unit a multiple of this many stays, or all (Processors compute channels by
+            the vector, filled or not): what was dropped last comes back.
 
     Returns:
         One bool tensor [width] per layer, True for filters that stay.
@@ -116,149 +103,115 @@ def select(
     Raises:
         UserError: if the floors make the target unreachable; says the lowest reachable fraction.
     """
-    budget = _Budget.of(graph, flops, params, latency, measure, round_to)
-    check_per_layer(graph, scores, "scores")
-    importance = np.zeros(graph.unit_count)
-    for units, score in zip(graph.units, scores, strict=True):
+    order = np.argsort(_sum_over_units(graph, scores, "scores"), kind="stable")
+    return _drop_until(graph, order, flops, target, cost, floor, keep, round_to)
+
+
+def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = None, **budget: Any) -> list[Tensor]:
+    """The uniform baseline: every layer loses the same fraction, its smallest-norm units first.
+
+    `norms` are those of `filter_norms`; other arguments, result and errors are those of `select`.
+    """
+    norm = _sum_over_units(graph, norms, "norms")
+    # A unit's rank among those of its kind, as a fraction: in this order all layers get narrower alike.
+    order = np.lexsort((norm, graph.kind))
+    fraction = np.empty(graph.unit_count)
+    fraction[order] = (_place_in_kind(graph.kind[order]) + 0.5) / np.bincount(graph.kind)[graph.kind[order]]
+    return _drop_until(graph, np.argsort(fraction, kind="stable"), flops, **budget)
+
+
+def _sum_over_units(graph: Graph, values: Sequence[Tensor], name: str) -> np.ndarray:
+    """The sum over each unit's filters, float64 [units]."""
+    check_per_layer(graph, values, name)
+    total = np.zeros(graph.unit_count)
+    for units, value in zip(graph.units, values, strict=True):
         free = units >= 0
-        np.add.at(importance, units[free], score.detach().cpu().double().numpy()[free])
-    if not np.isfinite(importance).all():
-        raise UserError("scores have a value that is not a finite number")
-    return _drop_until(graph, np.argsort(importance, kind="stable"), budget)
+        np.add.at(total, units[free], value.detach().cpu().double().numpy()[free])
+    if not np.isfinite(total).all():
+        raise UserError(f"{name} have a value that is not a finite number")
+    return total
 
 
-@dataclass(frozen=True)
-class _Budget:
-    """What a network may cost: less than `fraction` of `dense`; `cost` takes units kept in each space, and masks."""
-
-    name: str
-    fraction: float
-    dense: float
-    cost: Callable[[np.ndarray, Callable[[], list[Tensor]]], float]
-    round_to: int
-
-    @classmethod
-    def of(
-        cls,
-        graph: Graph,
-        flops: float | None = None,
-        params: float | None = None,
-        latency: float | None = None,
-        measure: Callable[[list[Tensor]], float] | None = None,
-        round_to: int = 1,
-    ) -> "_Budget":
-        given = {k: v for k, v in {"flops": flops, "params": params, "latency": latency}.items() if v is not None}
-        if len(given) != 1:
-            raise UserError(f"{', '.join(given) or 'none'} of flops, params and latency is given; it must be just one")
-        ((name, fraction),) = given.items()
-        check_fraction(name, fraction)
-        if (latency is None) != (measure is None):
-            raise UserError("latency and measure belong together: a target, and what tells a network's latency")
-        if not (isinstance(round_to, int) and round_to >= 1):
-            raise UserError(f"round_to is {round_to}; it must be a whole number, at least 1")
-        if measure is not None:
-            return cls(name, fraction, 1.0, lambda _counts, masks: measure(masks()), round_to)
-        if name == "params":
-            return cls(name, fraction, graph.params(), lambda counts, _masks: graph.params_of_counts(counts), round_to)
-        return cls(name, fraction, graph.flops(), lambda counts, _masks: graph.flops_of_counts(counts), round_to)
+def _place_in_kind(kinds: np.ndarray) -> np.ndarray:
+    """How many of the same kind stand before each, int [n]."""
+    order = np.argsort(kinds, kind="stable")
+    sizes = np.bincount(kinds)
+    place = np.empty(len(kinds), np.int64)
+    place[order] = np.arange(len(kinds)) - (np.cumsum(sizes) - sizes)[kinds[order]]
+    return place
 
 
-def _drop_until(graph: Graph, order: np.ndarray, budget: _Budget) -> list[Tensor]:
-    """Drop units in `order`, as far as the floors allow, until the cost first falls below the budget."""
-    room = [min(math.floor(MAX_PRUNED * n), n - MIN_WIDTH) for n in graph.widths]
-    needs_of = [[(layer, int(n)) for layer, n in enumerate(row) if n] for row in graph.per_space]
-    space = graph.space.tolist()
-    droppable = []
-    for unit in order.tolist():
-        needs = needs_of[space[unit]]
-        if all(room[layer] >= n for layer, n in needs):
-            for layer, n in needs:
-                room[layer] -= n
-            droppable.append(unit)
-    total = np.bincount(graph.space, minlength=len(graph.per_space))
-    dropped_spaces = graph.space[droppable]
-    place = _place_within(dropped_spaces)
+def check_fraction(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and 0 < value <= 1):
+        raise UserError(f"{name} is {value}; it must be a fraction of the dense network's, above 0 and at most 1")
 
-    def counts_after(count: int) -> np.ndarray:
-        kept = total - np.bincount(dropped_spaces[:count], minlength=len(total))
-        return np.minimum(-(-kept // budget.round_to) * budget.round_to, total)
 
-    def masks_after(count: int) -> list[Tensor]:
-        gone = (total - counts_after(count))[dropped_spaces[:count]]
+def _drop_until(
+    graph: Graph,
+    order: np.ndarray,
+    flops: float | None,
+    target: float | None = None,
+    cost: Callable[[list[Tensor]], float] | None = None,
+    floor: float = FLOOR,
+    keep: Collection[str] = (),
+    round_to: int = 1,
+) -> list[Tensor]:
+    """Drop units in `order`, as far as the floors allow, until the cost first falls below the target."""
+    if (flops is None) == (target is None) or (target is None) != (cost is None):
+        raise UserError("select takes either flops, or target and cost together")
+    name, fraction = ("flops", flops) if cost is None else ("target", target)
+    check_fraction(name, fraction)
+    if not 0 <= floor < 1:
+        raise UserError(f"floor is {floor}; it must be at least 0 and below 1")
+    if not (isinstance(round_to, int) and round_to >= 1):
+        raise UserError(f"round_to is {round_to}; it must be a whole number, at least 1")
+    if unknown := set(keep) - {layer.name for layer in graph.layers}:
+        raise UserError(f"keep names {min(unknown)!r}; it must name prunable layers, such as {graph.layers[0].name!r}")
+
+    dropped = _droppable(graph, order, floor, keep)
+    kinds = graph.kind[dropped]
+    place, total = _place_in_kind(kinds), np.bincount(graph.kind)
+
+    def kept_after(count: int) -> np.ndarray:
+        left = total - np.bincount(kinds[:count], minlength=len(total))
+        gone = total - np.minimum(-(-left // round_to) * round_to, total)
         kept = np.ones(graph.unit_count, bool)
-        kept[np.array(droppable, np.int64)[:count][place[:count] < gone]] = False
-        return graph.masks(kept)
+        kept[dropped[:count][place[:count] < gone[kinds[:count]]]] = False
+        return kept
 
     def cost_after(count: int) -> float:
-        return budget.cost(counts_after(count), lambda: masks_after(count))
+        kept = kept_after(count)
+        return graph.flops_of_units(kept) if cost is None else cost(graph.masks(kept))
 
-    # The cost only falls as units go, so the first count below the budget is found by bisection.
-    if budget.fraction == 1:
-        return masks_after(0)
-    limit = budget.fraction * budget.dense
-    if (lowest := cost_after(len(droppable))) >= limit:
-        lowest = min(math.ceil(1000 * lowest / budget.dense + 1e-9) / 1000, 1.0)
-        raise UserError(
-            f"{budget.name} is {budget.fraction}; the lowest reachable fraction of this network is {lowest}"
-        )
-    low, high = 0, len(droppable)
+    if fraction == 1:
+        return graph.masks(kept_after(0))
+    dense = cost_after(0)
+    limit = fraction * dense
+    if (lowest := cost_after(len(dropped))) >= limit:
+        lowest = min(math.ceil(1000 * lowest / dense + 1e-9) / 1000, 1.0)
+        raise UserError(f"{name} is {fraction}; the lowest reachable fraction of this network is {lowest}")
+    # The cost only falls as units go, so the first count below the target is found by bisection.
+    low, high = 0, len(dropped)
     while low < high:
         middle = (low + high) // 2
         if cost_after(middle) < limit:
             high = middle
         else:
             low = middle + 1
-    return masks_after(low)
+    return graph.masks(kept_after(low))
 
 
-def _place_within(groups: np.ndarray) -> np.ndarray:
-    """How many before it are of the same group: int [n]."""
-    order = np.argsort(groups, kind="stable")
-    sizes = np.bincount(groups)
-    place = np.empty(len(groups), np.int64)
-    place[order] = np.arange(len(groups)) - (np.cumsum(sizes) - sizes)[groups[order]]
-    return place
-
-
-def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = None, **budget: Any) -> list[Tensor]:
-    """The uniform baseline: every layer loses the same fraction, its smallest-norm units first.
-
-    Arguments, result and errors are those of `select`; `norms` are those of `filter_norms`.
-    """
-    limits = _Budget.of(graph, flops, **budget)
-    check_per_layer(graph, norms, "norms")
-    norm = np.zeros(graph.unit_count)
-    for units, value in zip(graph.units, norms, strict=True):
-        free = units >= 0
-        np.add.at(norm, units[free], value.detach().cpu().double().numpy()[free])
-    # Rank within each space as a fraction of its size: dropping by it thins all layers alike.
-    order = np.lexsort((norm, graph.space))
-    fraction = np.empty(graph.unit_count)
-    fraction[order] = (_place_within(graph.space[order]) + 0.5) / np.bincount(graph.space)[graph.space[order]]
-    return _drop_until(graph, np.argsort(fraction, kind="stable"), limits)
-
-
-def select_by(
-    method: str, graph: Graph, norms: Sequence[Tensor], ranking: Ranking | None, flops: float, round_to: int = 1
-) -> list[Tensor]:
-    """The selection that a method's name stands for: `uniform`, `norm`, or a learned ranking."""
-    if method == "uniform":
-        return select_uniform(graph, norms, flops, round_to=round_to)
-    ranking = Ranking.norm_only(len(graph.layers)) if method == "norm" else ranking
-    if ranking is None:
-        raise UserError(f"method is {method!r}; it needs a learned ranking (only norm and uniform do without)")
-    return select(graph, ranking.scores(norms), flops, round_to=round_to)
-
-
-def random_ranking(norms: Sequence[Tensor], generator: np.random.Generator) -> Ranking:
-    """A random candidate of Algorithm 1: α = exp(N(0, 1)), κ = N(0, s_l), s_l the deviation of layer l's norms."""
-    deviations = norm_deviations(norms)
-    return Ranking(
-        tuple(np.exp(generator.normal(0, 1, len(deviations)))),
-        tuple(generator.normal(0, 1, len(deviations)) * deviations),
-    )
-
-
-def norm_deviations(norms: Sequence[Tensor]) -> np.ndarray:
-    """s_l: standard deviation of each layer's filter norms, float64 [layers]."""
-    return np.array([torch.std(n.double(), correction=0).item() for n in norms])
+def _droppable(graph: Graph, order: np.ndarray, floor: float, keep: Collection[str]) -> np.ndarray:
+    """The units of `order` less those that would take a layer below its floor."""
+    room = [
+        0 if layer.name in keep else min(math.floor((1 - floor) * layer.width), layer.width - MIN_WIDTH)
+        for layer in graph.layers
+    ]
+    found = []
+    for unit in order.tolist():
+        members = graph.members[unit].items()
+        if all(room[layer] >= n for layer, n in members):
+            for layer, n in members:
+                room[layer] -= n
+            found.append(unit)
+    return np.array(found, np.int64)

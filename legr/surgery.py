@@ -1,4 +1,4 @@
-"""Cutting: a new, smaller network out of a dense one, which is left alone."""
+"""Pruning: a new, smaller network out of a dense one, which is left alone."""
 
 import copy
 from collections import OrderedDict
@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from legr.errors import UserError
-from legr.files import atomic
+from legr.files import UserError, atomic
 from legr.graph import Graph, Operation
+from legr.models import halved
 
 
 def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
@@ -33,9 +33,9 @@ def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
     modules = dict(model.named_modules())
     if missing := sorted(graph.modules - modules.keys()):
         raise UserError(f"model has no module {missing[0]}; graph was traced from another network")
-    cut = fx.Graph()
+    pruned = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
-    cut.output(cut.graph_copy(graph.traced, nodes))
+    pruned.output(pruned.graph_copy(graph.traced, nodes))
     parts: dict[str, nn.Module | nn.Parameter] = {}
     for old, new in nodes.items():
         operation = operations.get(old.name)
@@ -52,7 +52,7 @@ def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
             _thin_pad(new, operation, out)
         else:
             parts[operation.module] = _thin(modules[operation.module], into, out)
-    small = fx.GraphModule(parts, cut, class_name=type(model).__name__)
+    small = fx.GraphModule(parts, pruned, class_name=type(model).__name__)
     return small.train(model.training)
 
 
@@ -106,11 +106,10 @@ def _thin_pad(node: fx.Node, operation: Operation, out: np.ndarray) -> None:
 
 
 def save_pruned(small: nn.Module, graph: Graph, kept: Sequence[Tensor], path: str | Path) -> None:
-    """One safetensors file: the pruned network's weights, and which filters they are (`kept.<layer>`)."""
+    """One safetensors file: the pruned network's weights, `halved`, and which filters they are (`kept.<layer>`)."""
     masks = {f"kept.{layer.name}": keep.cpu() for layer, keep in zip(graph.layers, kept, strict=True)}
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in small.state_dict().items()}
     with atomic(path) as temporary:
-        save_file(masks | weights, temporary)
+        save_file(masks | halved(small.state_dict()), temporary)
 
 
 def load_pruned(model: nn.Module, graph: Graph, path: str | Path) -> tuple[nn.Module, list[Tensor]]:
@@ -118,7 +117,7 @@ def load_pruned(model: nn.Module, graph: Graph, path: str | Path) -> tuple[nn.Mo
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        raise UserError(f"network {path} does not exist; make it first (the prune stage)") from None
+        raise UserError(f"network {path} does not exist; make it first (the set stage)") from None
     except Exception as error:
         raise UserError(f"network {path} is not a whole safetensors file ({error})") from None
     try:
@@ -126,5 +125,5 @@ def load_pruned(model: nn.Module, graph: Graph, path: str | Path) -> tuple[nn.Mo
         small = prune(model, graph, kept)
         small.load_state_dict(tensors)
     except (KeyError, RuntimeError, UserError):
-        raise UserError(f"network {path} was not cut from this architecture ({type(model).__name__})") from None
+        raise UserError(f"network {path} was not pruned from this architecture ({type(model).__name__})") from None
     return small, kept

@@ -26,7 +26,7 @@ def dense():
 def test_told_the_committed_losses_the_search_asks_for_the_committed_candidates(dense, suffix):
     _, norms = dense
     maps = load_file(RESULTS / f"candidates{suffix}.safetensors")
-    evolution = Evolution(norms, SearchSettings(population=64, evaluations=400, sample=16))
+    evolution = Evolution(norms, SearchSettings(mutated=0.11))
     for i, row in pd.read_csv(RESULTS / f"search{suffix}.csv").iterrows():
         candidate = evolution.ask()
         assert np.array_equal(candidate.scale, maps["scale"][i])
