@@ -1,228 +1,302 @@
-"""params.yaml: what it may say."""
+"""params.yaml and folders: what an experiment may say, and `open_experiment`, with which every notebook begins."""
 
-from collections.abc import Sequence
+import functools
+import hashlib
+import os
+import platform
+import shutil
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Annotated, Any, get_args
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from safetensors import safe_open
+from torch import nn
 
-from experiments.datasets import DataSettings
-from experiments.places import Places, read_params
-from experiments.prediction import PredictionSettings
-from legr.errors import UserError
-from legr.fitness import FitnessSettings, Kind
-from legr.models import MODELS, SMALLEST_SIDE
+import legr
+from experiments import datasets
+from experiments.methods import METHODS
+from legr import models
+from legr.data import Dataset
+from legr.files import UserError, digest, read_json, tensors_digest, write_json
+from legr.fitness import FitnessSettings
+from legr.ranking import FLOOR
 from legr.search import SearchSettings
 from legr.training import Compute, Recipe
 
-torch.backends.cudnn.deterministic = True  # without it a GPU may pick another kernel from run to run
-
-Target = Annotated[float, Field(gt=0, le=1)]
-RANKINGS = ("legr", "legr-tau0")  # learned rankings: each has a stage, files and a colour of its own
-
-
-def _with_a_point(value: Any) -> Any:
-    if isinstance(value, int):
-        raise ValueError("files are named after it, so it must be written with a decimal point, such as 0.47 or 1.0")
-    return value
-
-
-PlannedTarget = Annotated[Target, BeforeValidator(_with_a_point)]
+Target = Annotated[float, Field(gt=0, le=1)]  # a fraction of the dense network's FLOPs
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class BaselineSettings(Section):
+class DenseSettings(Section):
     weights: str | None = None  # "torchvision" or a file to start from; None: from random weights
     rescale: bool = False  # bring the layers of `weights` to one scale first, see pretrained.rescale
-    recipe: Recipe | None = None  # None: `weights` as they are
-    restart: Recipe | None = None  # trained on by this afterwards: a warm restart (Loshchilov & Hutter, ICLR 2017)
+    recipes: tuple[Recipe, ...] = ()  # trained by these, one after the other; none: `weights` as they are
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
-    def _leads_to_a_network(self) -> "BaselineSettings":
-        if self.weights is None and self.recipe is None:
-            raise ValueError("it must have weights to start from, a recipe to train by, or both")
+    def _leads_to_a_network(self) -> "DenseSettings":
+        if self.weights is None and not self.recipes:
+            raise ValueError("it must have weights to start from, recipes to train by, or both")
         return self
-
-
-class Restart(SearchSettings):
-    also_at: tuple[Target, ...] = ()  # replaces the fitness's
-
-
-class Algorithm(SearchSettings):
-    restart: Restart | None = None  # where `also_at` counts: searched on by this from the ranking found
 
 
 class RankingSettings(Section):
-    flops: Target  # the fraction at which candidates are judged
-    workers: PositiveInt = 1  # processes that judge algorithm.in_flight candidates at the same time
-    rankings: dict[str, Kind]  # a method's name: its fitness
-    algorithm: Algorithm = Algorithm()
+    """How a learned method finds its ranking."""
+
+    flops: Annotated[tuple[Target, ...], Field(min_length=1)]  # where candidates are judged; several: their mean
+    start: str | None = None  # "norm": search on from norm-only; None: from random rankings
+    search: SearchSettings = SearchSettings()
     fitness: FitnessSettings = FitnessSettings()
-
-    @model_validator(mode="after")
-    def _workers_have_work(self) -> "RankingSettings":
-        if self.workers > self.algorithm.in_flight:
-            raise ValueError(f"workers is {self.workers}; it must be at most in_flight ({self.algorithm.in_flight})")
-        return self
-
-    @model_validator(mode="after")
-    def _a_race_has_one_flop_count(self) -> "RankingSettings":
-        searches = [(self.algorithm.racing, self.fitness.also_at)]
-        if again := self.algorithm.restart:
-            searches.append((again.racing, again.also_at))
-        for racing, also_at in searches:
-            if racing and also_at:
-                raise ValueError(f"racing is {racing}; it must be 0 where also_at has further FLOP counts to judge at")
-        return self
 
 
 class FinetuneSettings(Section):
     recipe: Recipe
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
     recalibration_images: PositiveInt = 1500  # for the accuracy with BatchNorm re-estimated, weights untouched
+
+
+class AblationSettings(Section):
+    """Which fitness predicts the accuracy after a short fine-tuning, measured on rankings of varied quality."""
+
+    rankings: int = Field(24, ge=3)  # norm-only, random ones, and candidates of the searches
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)]
+    steps: PositiveInt = 200  # of fine-tuning
+    lr: float = Field(0.01, gt=0)
+    batch_size: PositiveInt = 64
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1,)
+    fitness: dict[str, FitnessSettings]  # a name for figures: what is measured
 
 
 class LatencySettings(Section):
     batches: tuple[PositiveInt, ...] = (1, 128)
     repetitions: PositiveInt = 20
-    warmup: PositiveInt = 3
 
 
-class Experiment(Section):
+class Settings(Section):
     """One experiment at one scale: a section of params.yaml."""
 
-    data: DataSettings
+    data: datasets.DataSettings
     model: str
     compute: Compute = Compute()
-    baseline: BaselineSettings
-    search: RankingSettings
+    workers: PositiveInt | str = 1  # processes for independent work, or the address of a Dask scheduler
+    trials: PositiveInt = 1  # each with a search and a fine-tuning of its own
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)]
+    floor: Annotated[float, Field(ge=0, lt=1)] = FLOOR
+    dense: DenseSettings
+    rankings: dict[str, RankingSettings]
     finetune: FinetuneSettings
-    prediction: PredictionSettings = PredictionSettings()
+    ablations: AblationSettings
     latency: LatencySettings = LatencySettings()
 
 
-class Plan(Section):
-    """Which networks an experiment makes, at every scale."""
+def find_root() -> Path:
+    here = Path.cwd()
+    root = next((p for p in (here, *here.parents) if (p / "params.yaml").is_file()), None)
+    if root is None:
+        raise UserError(f"params.yaml was not found in {here} or a folder above it; run from inside the project")
+    return root
 
-    learned: tuple[str, ...]  # methods with a learned ranking
-    plain: tuple[str, ...]  # methods without
-    targets: tuple[PlannedTarget, ...]
-    contrast: dict[str, tuple[PlannedTarget, ...]] = {}  # further learned rankings, at these targets only
+
+def read_settings(
+    root: Path, scale: str, name: str, overrides: dict[str, Any] | None = None
+) -> tuple[Settings, list[str]]:
+    """The settings of an experiment, and the names of the methods."""
+    try:
+        params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+        methods = [method for group in params.pop("methods").values() for method in group]
+        params.pop("scale", None)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"params.yaml can't be read: {' '.join(str(error).split())}") from None
+    if scale not in params:
+        raise UserError(f"scale is {scale!r}; it must be one of {', '.join(params)}")
+    if name not in params[scale]:
+        raise UserError(f"experiment is {name!r}; scale {scale} has {', '.join(params[scale])}")
+    values = params[scale][name]
+    for dotted, value in (overrides or {}).items():
+        *path, last = dotted.split(".")
+        if dotted.split(".")[0] == "data":
+            raise UserError(f"overrides has {dotted!r}; images are prepared by the data stage: change params.yaml")
+        section = values
+        for key in path:
+            section = section.setdefault(key, {})
+        section[last] = value
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, problem = ".".join([scale, name, *map(str, first["loc"])]), first["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(first["input"], dict) else f" is {first['input']!r}"
+        raise UserError(f"params.yaml: {where}{shown}: {problem[0].lower()}{problem[1:]}") from None
+    if settings.model not in models.MODELS:
+        raise UserError(f"{scale}.{name}.model is {settings.model!r}; it must be one of {', '.join(models.MODELS)}")
+    for method in [*methods, *settings.rankings]:
+        if method not in METHODS:
+            raise UserError(f"params.yaml: method is {method!r}; it must be one of {', '.join(METHODS)}")
+        if METHODS[method].learned and method not in settings.rankings:
+            raise UserError(f"params.yaml: {scale}.{name}.rankings lacks {method}, which is a learned method")
+    return settings, methods
+
+
+@functools.cache
+def code_digest() -> str:
+    """Names the code that results depend on: everything in legr/, and the work of a stage."""
+    files = [*sorted(Path(legr.__file__).parent.glob("*.py")), Path(__file__).with_name("work.py")]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """An experiment at one scale, its folders, and what a stage of it starts from. Made by `open_experiment`."""
+
+    scale: str
+    name: str
+    stage: str  # the stage's folder below results/<scale>/<experiment>/, such as "sets/legr"
+    results: str  # "results" (the pipeline's), or another folder to play in
+    overrides: dict[str, Any]
+    root: Path
+    settings: Settings
+    methods: list[str]
 
     @property
-    def methods(self) -> tuple[str, ...]:
-        return self.learned + self.plain
-
-
-@dataclass(frozen=True)
-class Workspace(Places):
-    """An experiment's places, its settings, and which networks it makes."""
-
-    settings: Experiment
-    plan: Plan
+    def folder(self) -> Path:
+        return self.root / self.results / self.scale / self.name
 
     @property
-    def networks(self) -> list[tuple[str, float]]:
-        """All (method, target) of the plan."""
-        grid = [(m, t) for m in self.plan.methods for t in self.plan.targets]
-        return grid + [(m, t) for m, targets in self.plan.contrast.items() for t in targets]
+    def state(self) -> Path:
+        """What an interrupted stage resumes from."""
+        return self.root / ".state" / self.results / self.scale / self.name / self.stage
+
+    @property
+    def out(self) -> Path:
+        """Where the stage writes. The pipeline swaps the folder in when the notebook has run to its end."""
+        return self.state / "part" if self.results == "results" else self.folder / self.stage
+
+    def path(self, relative: str) -> Path:
+        """A file or folder of an earlier stage: of this results folder, or else of the pipeline's."""
+        own = self.folder / relative
+        return own if own.exists() else self.root / "results" / self.scale / self.name / relative
+
+    @property
+    def images(self) -> Path:
+        return self.root / "data" / self.scale / f"{self.name}.safetensors"
+
+    @functools.cached_property
+    def data(self) -> Dataset:
+        return datasets.load(self.images, self.settings.data)
+
+    @functools.cached_property
+    def inputs(self) -> list[str]:
+        """Digests of the images and of the dense network, for keys."""
+        return [self.data.digest(), tensors_digest(self.model.state_dict())]
+
+    @functools.cached_property
+    def compute(self) -> Compute:
+        return self.settings.compute.resolve()
+
+    @functools.cached_property
+    def dense(self) -> dict[str, Any]:
+        """The record of the dense network."""
+        return read_json(self.path("dense/dense.json"), "record of the dense network (the dense stage makes it)")
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The dense network, on the CPU in eval mode."""
+        path = self.path("dense/network.safetensors")
+        if not path.exists():
+            raise UserError(f"{path} does not exist; it holds the dense network (the dense stage makes it)")
+        with safe_open(path, "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (not a dict)
+        classes = next(shape[0] for shape in shapes if len(shape) == 2)  # the classifier's outputs
+        return models.load_weights(models.build(self.settings.model, classes, 0), path).eval()
+
+    @functools.cached_property
+    def graph(self) -> legr.Graph:
+        return legr.trace(self.model, self.example)
+
+    @functools.cached_property
+    def norms(self) -> list[torch.Tensor]:
+        return legr.filter_norms(self.model, self.graph)
+
+    @property
+    def example(self) -> torch.Tensor:
+        side = self.settings.data.resolution
+        return torch.zeros(1, 3, side, side)
+
+    def ranking(self, method: str, trial: int) -> legr.Ranking | None:
+        """A learned method's ranking; None for the others."""
+        if not METHODS[method].learned:
+            return None
+        return legr.Ranking.load(self.path(f"rankings/{method}/ranking-{trial}.json"))
+
+    def select(self, method: str, target: float, trial: int = 0) -> list[torch.Tensor]:
+        """What a method keeps at the fraction `target` of the dense network's FLOPs."""
+        ranking = self.ranking(method, trial)
+        return METHODS[method].select(self.graph, self.norms, ranking, target, self.settings.floor)
+
+    # Results that carry the key of everything that made them ------------------------------
+    def key(self, *given: Any) -> str:
+        return digest([code_digest(), self.compute.identity(), *given])
+
+    def kept(self, name: str, key: str) -> dict[str, Any] | None:
+        """The record of an earlier run with this key, now in `out` with its files; None if there is none."""
+        for folder in (self.path(self.stage), self.state):
+            path = folder / f"{name}.json"
+            record = read_json(path, "record of a result") if path.exists() else {}
+            if record.get("key") == key and all((folder / file).exists() for file in record["files"]):
+                self.out.mkdir(parents=True, exist_ok=True)
+                for file in [path.name, *record["files"]]:
+                    if not (self.out / file).exists() or not (folder / file).samefile(self.out / file):
+                        shutil.copy(folder / file, self.out / file)
+                return record
+        return None
+
+    def record(self, name: str, key: str, files: list[str], values: dict[str, Any]) -> dict[str, Any]:
+        """Note in the state folder that `files`, which lie there, are whole; an interrupted stage finds them."""
+        hardware = f"{platform.machine()}, {os.cpu_count()} cores"
+        if self.compute.device.startswith("cuda"):
+            hardware = torch.cuda.get_device_name(self.compute.device)
+        made = {**self.compute.model_dump(), "hardware": hardware, "torch": torch.__version__.split("+")[0]}
+        write_json(self.state / f"{name}.json", {"key": key, "files": files, **values, **made})
+        return self.kept(name, key)
+
+    # For captions --------------------------------------------------------------------------
+    @property
+    def about(self) -> str:
+        """Scale, data and network."""
+        data = self.settings.data
+        return f"{self.scale} scale · {data.about} · {self.settings.model}"
 
     @property
     def caption(self) -> str:
         """Which run a figure shows."""
-        s, recipe = self.settings, self.settings.finetune.recipe
-        seeds = ", ".join(map(str, s.finetune.seeds))
-        return f"{self.about} · fine-tuned {recipe.epochs} epochs · seeds: {seeds}"
-
-    @property
-    def about(self) -> str:
-        """Scale, data and network, for captions."""
-        data = self.settings.data
-        shown = f"{data.name}, {data.resolution}×{data.resolution}" if data.resolution != 32 else data.name
-        ten = " (10 ImageNet classes)" if data.name == "imagenette" else ""
-        return f"{self.scale} scale · {shown}{ten} · {self.settings.model}"
+        trials = f"{self.settings.trials} trial{'s' * (self.settings.trials > 1)}"
+        return f"{self.about} · fine-tuned {self.settings.finetune.recipe.epochs} epochs · {trials}"
 
 
-def workspace(
-    scale: str, experiment: str, results: str | None = None, overrides: dict[str, Any] | None = None
-) -> Workspace:
+def open_experiment(
+    scale: str,
+    experiment: str,
+    stage: str,
+    results: str = "playground",
+    overrides: dict[str, Any] | None = None,
+    root: Path | None = None,
+) -> Experiment:
     """Read params.yaml, found here or in a folder above, and check the experiment's settings.
 
     Args:
         scale: demo, laptop or paper.
         experiment: a section of that scale.
-        results: another folder for all outputs, relative to the project; None is `results`.
+        stage: where this notebook writes, below the experiment's folder.
+        results: "results" is the pipeline's; another folder is to play in, and what it lacks is read from there.
         overrides: settings to change, such as {"finetune.recipe.epochs": 2}.
+        root: the project; None looks for it here and in the folders above.
     """
-    values, planned, places = read_params(scale, experiment, results)
-    for dotted, value in (overrides or {}).items():
-        *path, last = dotted.split(".")
-        if path[:1] == ["data"]:
-            raise UserError(
-                f"overrides has {dotted!r}; images are prepared by the data stage: change params.yaml for them"
-            )
-        section = values
-        for key in path:
-            section = section.setdefault(key, {})
-        section[last] = value
-    settings = _validated(Experiment, values, f"{scale}.{experiment}")
-    plan = _validated(Plan, planned, f"experiments.{experiment}")
-    if settings.model not in MODELS:
-        raise UserError(f"{scale}.{experiment}.model is {settings.model!r}; it must be one of {', '.join(MODELS)}")
-    if settings.data.resolution < SMALLEST_SIDE[settings.model]:
-        raise UserError(
-            f"{scale}.{experiment}.data.resolution is {settings.data.resolution}; "
-            f"{settings.model} needs at least {SMALLEST_SIDE[settings.model]} pixels"
-        )
-    for allowed, methods in (
-        (RANKINGS, settings.search.rankings),
-        (settings.search.rankings, (*plan.learned, *plan.contrast)),
-        (("norm", "uniform"), plan.plain),
-    ):
-        if wrong := [method for method in methods if method not in allowed]:
-            raise UserError(f"method is {wrong[0]!r}; here it must be one of {', '.join(allowed)}")
-    return Workspace(**vars(places), settings=settings, plan=plan)
-
-
-def _validated(kind: type[BaseModel], values: Any, where: str) -> Any:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join([where, *map(str, first["loc"])])
-        problem = first["msg"].removeprefix("Value error, ")
-        problem = problem[0].lower() + problem[1:]
-        if first["type"] == "missing":
-            raise UserError(f"params.yaml: {name} is missing") from None
-        if first["type"] == "extra_forbidden":
-            section = ".".join([where, *map(str, first["loc"][:-1])])
-            near = get_close_matches(str(first["loc"][-1]), _settings_of(kind, first["loc"][:-1]), 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"params.yaml: {name} is not a known setting of {section}{hint}") from None
-        if first["type"] == "value_error" and isinstance(first["input"], dict):  # it names the setting itself
-            raise UserError(f"params.yaml: {name}: {problem}") from None
-        shown = first["input"] if not isinstance(first["input"], dict) else "a section"
-        raise UserError(f"params.yaml: {name} is {shown!r}; {problem}") from None
-
-
-def _settings_of(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """Names of the settings of the section at `path` below `kind`."""
-    for name in path:
-        annotation = kind.model_fields[str(name)].annotation
-        kind = next(k for k in (annotation, *get_args(annotation)) if isinstance(k, type) and issubclass(k, BaseModel))
-    return list(kind.model_fields)
+    torch.backends.cudnn.deterministic = True  # without it a GPU may pick another kernel from run to run
+    root = root or find_root()
+    settings, methods = read_settings(root, scale, experiment, overrides)
+    return Experiment(scale, experiment, stage, results, overrides or {}, root, settings, methods)

@@ -1,24 +1,23 @@
-"""The data sets: scikit-learn's digits, CIFAR-10 or Imagenette by download, ILSVRC2012, or a folder of images."""
+"""The data sets: a row of `DATASETS` each. `prepare` reads the images once; `load` gives them to the notebooks."""
 
+import json
 import os
-import pickle
-import tarfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, field_validator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from experiments import progress
-from legr.data import Files, Images, cut, read_image, save
-from legr.errors import UserError
-from legr.models import imagenet_rows
+from legr.data import Augmentation, Batches, Dataset, Images, hold_out, normalize
+from legr.files import UserError, atomic, tensors_digest
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -28,223 +27,254 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["digits", "cifar10", "imagenette", "imagenet", "folder"]
+    name: str
     resolution: PositiveInt = 32
-    stream: bool = False  # decode in every epoch instead of once into memory; "imagenet" always does
-    holdout: PositiveInt  # training images kept from the baseline, on which the search judges
+    holdout: PositiveInt  # training images kept from the dense network, on which the search judges
     folder: str | None = None  # has train/<class>/ and test/<class>/ (or val/<class>/)
-    seed: NonNegativeInt = 0
+    stream: bool = False  # decode in every epoch instead of once into memory
+    seed: NonNegativeInt = 0  # of the held-out images
+    augmentation: Augmentation = Augmentation()
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in DATASETS:
+            raise ValueError(f"it must be one of {', '.join(DATASETS)}")
+        return name
+
+    @property
+    def about(self) -> str:
+        """For captions."""
+        return f"{DATASETS[self.name].about}, {self.resolution}×{self.resolution}"
 
 
-def _digits(side: int = 32) -> tuple[list[str], Images, Images]:
-    """scikit-learn's 1,797 handwritten digits, 8×8 grey enlarged to side×side×3; every fifth is a test image."""
+Read = tuple[list[str], Images, Images]  # classes, training and test images
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from."""
+
+    read: Callable[[DataSettings, Path], Read]  # takes the folder for downloads
+    about: str
+    papers: bool = False  # whether the paper reports accuracies on these images
+
+
+def digits(settings: DataSettings, _: Path | None = None) -> Read:
+    """scikit-learn's 1,797 handwritten digits, 8×8 grey, enlarged; every third is a test image."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     grey = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
-    large = F.interpolate(grey, size=(side, side), mode="bilinear", align_corners=False)
+    # Noise, without which all of them are easy and all networks the same.
+    grey += 0.15 * torch.randn(grey.shape, generator=torch.Generator().manual_seed(0))
+    large = F.interpolate(grey.clamp(0, 1), size=(settings.resolution,) * 2, mode="bilinear", align_corners=False)
     pixels = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
     every = Images(pixels, torch.tensor(bunch.target, dtype=torch.int64))
-    test = torch.arange(len(every)) % 5 == 0
+    test = torch.arange(len(every)) % 3 == 0
     return [str(d) for d in range(10)], every[~test], every[test]
 
 
-def digits_folder(root: Path) -> Path:
-    """The same digits as a folder of PNG files, as a user's own images would lie."""
-    classes, train, test = _digits()
-    for split, images in (("train", train), ("test", test)):
-        for i, (pixels, label) in enumerate(zip(images.pixels, images.labels.tolist(), strict=True)):
-            path = root / split / classes[label] / f"{i:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
-    return root
+def cifar10(settings: DataSettings, downloads: Path) -> Read:
+    """From a folder, or torchvision's download, checked by hash; sorted by class, as a folder is read."""
+    from torchvision.datasets import CIFAR10
+
+    if _folder_of(settings):
+        classes, train, test = folder(settings, downloads)
+    else:
+        if settings.resolution != 32:
+            raise UserError(f"data.resolution is {settings.resolution}; cifar10 has images of 32 by 32")
+        parts = [_downloaded(lambda t=t: CIFAR10(downloads, t, download=True), settings) for t in (True, False)]
+        classes, order = parts[0].classes, [np.argsort(part.targets, kind="stable") for part in parts]
+        train, test = (
+            Images(torch.from_numpy(part.data[o]).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)[o])
+            for part, o in zip(parts, order, strict=True)
+        )
+    if classes != CIFAR10_CLASSES or (len(train), len(test)) != (50_000, 10_000):
+        raise UserError(
+            f"data folder {_folder_of(settings)} has {len(train):,} training and {len(test):,} test images of "
+            f"{', '.join(classes[:12])}; CIFAR-10 has 50,000 and 10,000 of {', '.join(CIFAR10_CLASSES)}"
+        )
+    return classes, train, test
 
 
-def _folder(root: Path, resolution: int, stream: bool) -> tuple[list[str], Images | Files, Images | Files]:
-    """An ImageFolder-style tree: decoded in parallel into memory, or listed and checked to be streamed."""
+def imagenette(settings: DataSettings, downloads: Path) -> Read:
+    """From a folder, or torchvision's download (the shorter side has 160 pixels), checked by hash."""
+    from torchvision.datasets import Imagenette
+
+    if not _folder_of(settings):
+        for split in ("train", "val"):
+            _downloaded(lambda s=split: Imagenette(downloads, s, "160px", download=True), settings)
+        settings = settings.model_copy(update={"folder": str(downloads / "imagenette2-160")})
+    return folder(settings, downloads)
+
+
+def imagenet(settings: DataSettings, downloads: Path) -> Read:
+    """ILSVRC2012 from a folder, streamed: 1,000 classes, sorted by WordNet id as torchvision's networks have them."""
+    return folder(settings.model_copy(update={"stream": True}), downloads)
+
+
+def folder(settings: DataSettings, _: Path | None = None) -> Read:
+    """train/<class>/ and test/<class>/ (or val/<class>/): decoded into memory, or listed to be streamed."""
     from torchvision.datasets import ImageFolder
 
-    test = next((root / s for s in ("test", "val") if (root / s).is_dir()), root / "test")
-    for needed in (root, root / "train", test):
-        if not needed.is_dir():
-            raise UserError(
-                f"data folder {needed} does not exist; {root} must hold train/<class>/ and test/<class>/ "
-                "(or val/<class>/)"
-            )
-    for split in (root / "train", test):
-        _check_links(split)
+    given = _folder_of(settings)
+    if not given:
+        raise UserError(f"data.folder is missing; data.name {settings.name!r} needs a folder with train/<class>/")
+    root = Path(given).expanduser()
+    splits = [root / "train", next((root / s for s in ("test", "val") if (root / s).is_dir()), root / "test")]
     parts = []
-    for split in (root / "train", test):
+    for split in splits:
         try:
             listing = ImageFolder(split)
-        except FileNotFoundError as error:
-            raise UserError(f"data folder {split} is not usable: {str(error).splitlines()[0]}") from None
-        parts.append((listing.classes, (_listed if stream else _decoded)(listing.samples, resolution, split)))
+        except (FileNotFoundError, RuntimeError) as error:
+            raise UserError(
+                f"data folder {split} can't be used ({str(error).splitlines()[0]}); "
+                f"{root} must hold train/<class>/ and test/<class>/ (or val/<class>/)"
+            ) from None
+        names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in listing.samples])
+        files = Files(split.absolute(), names, torch.tensor(listing.targets), settings.resolution)
+        parts.append((listing.classes, files if settings.stream else files.load()))
     if parts[0][0] != parts[1][0]:
         odd = sorted(set(parts[0][0]) ^ set(parts[1][0]))
         raise UserError(f"data folder {root} has classes in only one of its splits: {', '.join(odd[:5])}")
     return parts[0][0], parts[0][1], parts[1][1]
 
 
-def _check_links(folder: Path) -> None:
-    """Raises UserError where a link leads back to a folder that holds it: reading would go round in circles."""
-    for here, folders, _ in os.walk(folder, followlinks=True):
-        for name in folders:
-            path = Path(here, name)
-            if path.is_symlink() and Path(here).resolve().is_relative_to(path.resolve()):
-                raise UserError(f"data folder {path} is a link to a folder that it lies in; remove it")
+def _folder_of(settings: DataSettings) -> str | None:
+    return settings.folder or os.environ.get(f"LEGR_{settings.name.upper()}")
 
 
-def _decoded(samples: list[tuple[str, int]], resolution: int, where: Path) -> Images:
-    size, room = len(samples) * 3 * resolution**2, psutil.virtual_memory().available
-    if size > room:
-        raise UserError(
-            f"data folder {where} has {len(samples):,} images, {size / 2**30:.1f} GiB at {resolution}×{resolution} "
-            f"pixels; {room / 2**30:.1f} GiB of memory are free: set data.stream to true, or a smaller resolution"
-        )
-    pixels = torch.empty(len(samples), 3, resolution, resolution, dtype=torch.uint8)
-
-    def read(i: int) -> None:
-        pixels[i] = cut(read_image(samples[i][0]), resolution)
-
-    _all(read, len(samples), where)
-    return Images(pixels, torch.tensor([label for _, label in samples], dtype=torch.int64))
-
-
-def _listed(samples: list[tuple[str, int]], resolution: int, where: Path) -> Files:
-    def check(i: int) -> None:
-        try:
-            with Image.open(samples[i][0]):
-                pass
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(str(error)) from None
-
-    _all(check, len(samples), where)
-    names = np.array([os.fsencode(os.path.relpath(path, where)) for path, _ in samples])
-    return Files(where.absolute(), names, torch.tensor([label for _, label in samples], dtype=torch.int64), resolution)
-
-
-def _all(check: Callable[[int], None], count: int, where: Path) -> None:
-    """Run `check` for every image in parallel, with a progress bar; then name and count those that fail."""
-
-    def failures_of(some: range) -> list[str]:
-        found = []
-        for i in some:
-            try:
-                check(i)
-            except UserError as error:
-                found.append(str(error))
-        return found
-
-    # Many in one task: a pool keeps kilobytes for each task, and ILSVRC2012 has over a million images.
-    tasks = [range(start, min(start + 250, count)) for start in range(0, count, 250)]
-    failures: list[str] = []
-    with ThreadPoolExecutor() as pool, progress.bar(total=count, desc=where.name) as bar:
-        for some, found in zip(tasks, pool.map(failures_of, tasks), strict=True):
-            failures += found
-            bar.update(len(some))
-    if failures:
-        raise UserError(f"data folder {where} has {len(failures)} unreadable images, the first of them: {failures[0]}")
-
-
-def _cifar10_download(root: Path) -> tuple[list[str], Images, Images]:
-    """torchvision's CIFAR-10, checked by hash."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_url
-
+def _downloaded(make: Callable, settings: DataSettings):
     try:
-        download_url(CIFAR10.url, str(root), CIFAR10.filename, CIFAR10.tgz_md5)
+        return make()
     except Exception as error:
         raise UserError(
-            f"CIFAR-10 could not be downloaded into {root} ({error}); set data.folder in params.yaml "
-            "or LEGR_CIFAR10 to a folder with train/<class>/ and test/<class>/"
+            f"{settings.name} could not be downloaded ({error}); set data.folder in params.yaml or "
+            f"LEGR_{settings.name.upper()} to a folder with train/<class>/ and test/<class>/ (or val/<class>/)"
         ) from None
-    return CIFAR10_CLASSES, *cifar10_archive(root / CIFAR10.filename)
 
 
-def cifar10_archive(path: Path) -> tuple[Images, Images]:
-    """Training and test images of CIFAR-10's Python archive; nothing is unpacked, and no pickled code is run.
+DATASETS = {
+    "digits": Source(digits, "digits (they show that it runs, and nothing about LeGR)"),
+    "cifar10": Source(cifar10, "CIFAR-10", papers=True),
+    "imagenette": Source(imagenette, "Imagenette (10 classes of ImageNet)"),
+    "imagenet": Source(imagenet, "ImageNet", papers=True),
+    "folder": Source(folder, "own images"),
+}
 
-    Sorted by class and file name, as a folder of the same images is read: both give the same held-out part.
+
+@dataclass(frozen=True)
+class Files(torch.utils.data.Dataset):
+    """`Images` on disk, decoded by worker processes in every epoch: memory does not grow with the data set.
+
+    `names` are paths below `root`, encoded, as one array [N] that workers share. `transform` makes of an image one
+    of side×side; None takes the largest square in its middle.
     """
-    parts = []
-    with tarfile.open(path) as archive:
-        for files in ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]):
-            entries = [
-                _Arrays(archive.extractfile(f"cifar-10-batches-py/{f}"), encoding="latin1").load() for f in files
-            ]
-            names = [name for entry in entries for name in entry["filenames"]]
-            labels = [label for entry in entries for label in entry["labels"]]
-            order = sorted(range(len(names)), key=list(zip(labels, names, strict=True)).__getitem__)
-            pixels = torch.from_numpy(np.concatenate([entry["data"] for entry in entries])[order])
-            parts.append(Images(pixels.view(-1, 3, 32, 32), torch.tensor(labels)[order]))
-    return parts[0], parts[1]
+
+    root: Path
+    names: np.ndarray
+    labels: Tensor
+    side: int
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable) where batches come to
+    transform: Callable | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice | int):
+        """A part of the set; of a whole number, as DataLoader asks, one decoded image with its label."""
+        if isinstance(index, int):
+            image = _read_image(self.root / os.fsdecode(self.names[index]))
+            fit = ImageOps.fit(image, (self.side,) * 2, Image.Resampling.BILINEAR)
+            image = fit if self.transform is None else self.transform(image)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.labels[index]
+        where = index if isinstance(index, slice) else index.cpu().numpy()
+        return replace(self, names=self.names[where], labels=self.labels[index])
+
+    def to(self, device: str | torch.device) -> "Files":
+        return replace(self, device=torch.device(device))
+
+    def load(self) -> Images:
+        """Decode all of them into memory."""
+        pixels = torch.cat([pixels for pixels, _ in self._decoded(64)])
+        return Images(pixels, self.labels, self.augmentation).to(self.device)
+
+    def digest(self) -> str:
+        names = torch.from_numpy(np.frombuffer(b"\n".join(self.names.tolist()), np.uint8).copy())
+        return tensors_digest({"names": names, "labels": self.labels, "side": torch.tensor(self.side)})
+
+    def batches(self, size: int) -> Batches:
+        for pixels, labels in self._decoded(size):
+            yield normalize(pixels.to(self.device)), labels.to(self.device)
+
+    def augmented_batches(self, size: int, generator: torch.Generator, side: int | None = None) -> Batches:
+        from torchvision.transforms import v2
+
+        steps = [v2.RandomResizedCrop(side or self.side, (self.augmentation.min_area, 1.0))]
+        steps += [v2.RandomHorizontalFlip()] if self.augmentation.flip else []
+        shuffled = self[torch.randperm(len(self), generator=generator)[: max(len(self) // size, 1) * size]]
+        augmented = replace(shuffled, transform=v2.Compose(steps))
+        for pixels, labels in augmented._decoded(size, generator):
+            yield normalize(pixels.to(self.device)), labels.to(self.device)
+
+    def _decoded(self, size: int, generator: torch.Generator | None = None) -> Batches:
+        workers = min(os.cpu_count() or 1, 16, max(len(self) // 500, 1))
+        pinned = self.device.type == "cuda"
+        try:
+            yield from DataLoader(self, size, num_workers=workers, generator=generator, pin_memory=pinned)
+        except UserError as error:  # the loader wraps it in the worker's traceback
+            raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
 
 
-class _Arrays(pickle.Unpickler):
-    """Reads NumPy arrays and plain values; anything else that a pickle names is refused, not called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy.core", "numpy._core")
-        if (module, name) not in {
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }:
-            raise pickle.UnpicklingError(f"{module}.{name} is not a part of an image archive")
-        return super().find_class(module, name)
-
-
-def _imagenette_download(root: Path) -> Path:
-    """torchvision's Imagenette, shorter side 160 pixels, checked by hash; returns its folder."""
-    from torchvision.datasets import Imagenette
-
+def _read_image(path: Path) -> Image.Image:
     try:
-        for split in ("train", "val"):
-            Imagenette(root, split, "160px", download=True)
-    except Exception as error:
-        raise UserError(
-            f"Imagenette could not be downloaded into {root} ({error}); set data.folder in params.yaml "
-            "or LEGR_IMAGENETTE to a folder with train/<WordNet id>/ and val/<WordNet id>/"
-        ) from None
-    return root / "imagenette2-160"
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} can't be read ({type(error).__name__}: {error})") from None
 
 
 def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
-    """Read the images once and write them as one safetensors file, whole or not at all.
+    """Read the images and write them as one safetensors file; of images that are streamed, their names.
 
-    A folder named in `settings` comes first, then the environment variable LEGR_<NAME> (LEGR_CIFAR10,
-    LEGR_IMAGENETTE, LEGR_IMAGENET), then torchvision's download into `downloads`. Of images that are
-    streamed the file holds the names; the headers of all are checked.
+    A folder named in `settings` comes first, then the environment variable LEGR_<NAME>, then torchvision's download.
     """
-    name = settings.name
-    folder = settings.folder
-    if not folder and name not in ("digits", "folder"):
-        folder = os.environ.get(f"LEGR_{name.upper()}")
-    if settings.resolution != 32 and name == "cifar10" and not folder:
-        raise UserError(f"data.resolution is {settings.resolution}; {name} has images of 32 by 32")
-    stream = settings.stream or name == "imagenet"
-    if not folder and name in ("folder", "imagenet"):
-        raise UserError(
-            f"data.folder is missing; data.name {name!r} needs it: train/<class>/ and test/<class>/ (or val/<class>/)"
-        )
-    if name == "digits":
-        classes, train, test = _digits(settings.resolution)
-    elif name == "cifar10" and not folder:
-        classes, train, test = _cifar10_download(downloads)
-    else:
-        root = Path(folder).expanduser() if folder else _imagenette_download(downloads)
-        classes, train, test = _folder(root, settings.resolution, stream)
-    if name == "cifar10" and classes != CIFAR10_CLASSES:
-        raise UserError(
-            f"data folder {folder} has classes {', '.join(classes)}; CIFAR-10 has {', '.join(CIFAR10_CLASSES)}"
-        )
-    if name == "cifar10" and (len(train), len(test)) != (50_000, 10_000):
-        raise UserError(
-            f"data folder {folder} has {len(train):,} training and {len(test):,} test images; "
-            "CIFAR-10 has 50,000 and 10,000"
-        )
-    if name in ("imagenette", "imagenet"):
-        imagenet_rows(classes)
-    save(path, name, classes, train, test, settings.holdout, settings.seed)
+    classes, train, test = DATASETS[settings.name].read(settings, downloads)
+    tensors, places = {"holdout": hold_out(train.labels, settings.holdout, settings.seed)}, {}
+    for split, images in {"train": train, "test": test}.items():
+        tensors[f"{split}.labels"] = images.labels
+        if isinstance(images, Files):
+            names = b"\n".join(images.names.tolist())
+            tensors[f"{split}.names"] = torch.from_numpy(np.frombuffer(names, np.uint8).copy())
+            places[split] = str(images.root)
+        else:
+            tensors[f"{split}.pixels"] = images.pixels.contiguous()
+    about = {"classes": classes, "settings": settings.model_dump(), "places": places}
+    with atomic(path) as temporary:
+        # One entry: safetensors writes several in random order, and the same images must give the same file.
+        save_file(tensors, temporary, {"about": json.dumps(about)})
+
+
+def load(path: Path, settings: DataSettings) -> Dataset:
+    """The images that `prepare` wrote for these settings."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise UserError(f"images {path} do not exist; run the data stage (dvc repro) first") from None
+    except Exception as error:
+        raise UserError(f"images {path} are not whole ({error}); delete the file and run the data stage") from None
+    if about["settings"] != json.loads(settings.model_dump_json()):
+        raise UserError(f"images {path} were prepared with other settings; run the data stage (dvc repro) again")
+    parts = []
+    for split in ("train", "test"):
+        labels = tensors[f"{split}.labels"]
+        if place := about["places"].get(split):
+            names = np.array(tensors[f"{split}.names"].numpy().tobytes().split(b"\n"))
+            parts.append(Files(Path(place), names, labels, settings.resolution, settings.augmentation))
+        else:
+            parts.append(Images(tensors[f"{split}.pixels"], labels, settings.augmentation))
+    return Dataset(settings.name, about["classes"], parts[0], tensors["holdout"], parts[1])

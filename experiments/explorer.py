@@ -1,30 +1,27 @@
 """A learned ranking as an instrument: move the FLOP count or tilt a layer, and see what is kept.
 
-`Instrument` is the arithmetic, without a screen; `controls` are its widgets for JupyterLab. Both
-need the committed results only: no images, no training. Images are read when a network is evaluated.
+`Instrument` is the arithmetic, without a screen; `Controls` are its widgets for JupyterLab. Both need the committed
+results only: no images, no training. Images are read when a network is evaluated.
 """
 
 import base64
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 import legr
-from experiments.config import Workspace
-from experiments.figures import COLORS
-from legr import data, models, training
-from legr.errors import UserError
-from legr.ranking import norm_deviations
+from experiments.config import Experiment
+from experiments.methods import METHODS
+from experiments.work import recalibrated_accuracy
+from legr.files import UserError
+from legr.search import norm_deviations
 
 
 @dataclass(frozen=True)
@@ -40,27 +37,27 @@ class Cut:
 
 
 class Instrument:
-    """The dense network, its learned ranking and the measured curves of one experiment.
+    """The dense network, one method's ranking and the measured curves of an experiment."""
 
-    Args:
-        space: the experiment whose results are read.
-        method: a learned ranking of it, such as `legr`.
-    """
-
-    def __init__(self, space: Workspace, method: str = "legr"):
-        self.space, self.method = space, method
-        settings = space.settings
-        if method not in settings.search.rankings:
-            raise UserError(f"method is {method!r}; it must be one of {', '.join(settings.search.rankings)}")
-        self.ranking = legr.Ranking.load(space.ranking(method))
-        side = settings.data.resolution
-        self.model = _dense(space)
-        self.graph = legr.trace(self.model, torch.zeros(1, 3, side, side))
-        self.norms = legr.filter_norms(self.model, self.graph)
-        self.deviations = norm_deviations(self.norms)
+    def __init__(self, exp: Experiment, method: str = "legr"):
+        self.exp, self.method, self.graph = exp, method, exp.graph
+        if method not in exp.settings.rankings:
+            raise UserError(f"method is {method!r}; it must be one of {', '.join(exp.settings.rankings)}")
+        self.ranking = exp.ranking(method, 0)
+        self.deviations = norm_deviations(exp.norms)
         self.dense_flops = self.graph.flops()
-        self.dense_params = sum(p.numel() for p in self.model.parameters())
-        self.accuracy, self.latency, self.batch = _curves(space, method, self.dense_flops)
+        try:
+            table = pd.read_csv(exp.path("compare/tradeoff.csv"))
+            times = pd.read_csv(exp.path("compare/latency.csv"))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"results file {error.filename} does not exist; run the pipeline (dvc repro) first"
+            ) from None
+        accuracy = table[table.method == method].groupby("flops").accuracy.mean()
+        accuracy.loc[self.dense_flops] = exp.dense["accuracy"]
+        self.accuracy, self.batch = accuracy.sort_index(), int(times.batch.max())
+        times = times[times.method.isin([method, "dense"]) & (times.batch == self.batch)]
+        self.latency = times.groupby("flops").latency_ms.mean().sort_index()
 
     def tilted(self, layer: int, scale: float, shift: float) -> legr.Ranking:
         """The ranking with α of one layer (counted from 0) times `scale` and its κ moved by `shift` deviations s."""
@@ -69,77 +66,18 @@ class Instrument:
         kappa[layer] += shift * float(self.deviations[layer])
         return legr.Ranking(tuple(alpha), tuple(kappa))
 
-    def cut(self, flops: float, ranking: legr.Ranking | None = None) -> Cut:
-        """Cut to the fraction `flops`. A ranking other than the learned one has no measured accuracy."""
-        kept = legr.select(self.graph, (ranking or self.ranking).scores(self.norms), flops)
-        count = self.graph.flops(kept)
-        own = ranking is None or ranking == self.ranking
-        return Cut(
-            kept,
-            [int(mask.sum()) for mask in kept],
-            count,
-            self.params(kept),
-            _read_off(self.latency, count),
-            _read_off(self.accuracy, count) if own else None,
-        )
+    def cut(self, target: float, ranking: legr.Ranking | None = None) -> Cut:
+        """Cut to the fraction `target`. A ranking other than the learned one has no measured accuracy."""
+        scores = (ranking or self.ranking).scores(self.exp.norms)
+        kept = legr.select(self.graph, scores, target, floor=self.exp.settings.floor)
+        flops, own = self.graph.flops(kept), ranking is None or ranking == self.ranking
+        widths, params = [int(mask.sum()) for mask in kept], self.graph.params(kept)
+        accuracy = _read_off(self.accuracy, flops) if own else None
+        return Cut(kept, widths, flops, params, _read_off(self.latency, flops), accuracy)
 
-    def params(self, kept: Sequence[Tensor]) -> int:
-        """Parameters of the network that `kept` leaves, without building it."""
-        units, total = self.graph.kept_units(kept), self.dense_params
-        for operation in self.graph.operations:
-            if operation.module is None:
-                continue
-            module = self.model.get_submodule(operation.module)
-            left = self.graph.kept_channels(units, operation.outputs).mean()
-            read = self.graph.kept_channels(units, operation.inputs).mean()
-            matrix = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-            for name, parameter in module.named_parameters(recurse=False):
-                rows = 1.0 if isinstance(module, nn.Linear) else left
-                share = rows * read if matrix and name == "weight" else rows
-                total -= round(parameter.numel() * (1 - share))
-        return total
-
-    def evaluate(self, cut: Cut) -> dict[str, float]:
-        """Build the network and measure its test accuracy as cut and with BatchNorm recalibrated (reads the images)."""
-        settings, space = self.space.settings, self.space
-        if not space.images.exists():
-            stage = f"python -m experiments data --scale {space.scale} --experiment {space.name}"
-            raise UserError(f"data file {space.images.name} does not exist; make it with: {stage}")
-        compute = settings.compute.resolve()
-        images = data.load(space.images).to(compute.device)
-        small = legr.prune(self.model, self.graph, cut.kept).to(compute.device, memory_format=torch.channels_last)
-        before = training.evaluate(small, images.test, compute)["accuracy"]
-        picked = torch.randperm(len(images.fit), generator=torch.Generator().manual_seed(0))
-        training.recalibrate(small, images.fit[picked[: settings.finetune.recalibration_images]], compute)
-        return {"as cut": before, "recalibrated": training.evaluate(small, images.test, compute)["accuracy"]}
-
-
-def _dense(space: Workspace) -> nn.Module:
-    """The dense network; its number of classes is read from its weights, for there may be no images."""
-    try:
-        with safe_open(space.baseline, "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise UserError(f"weights file {space.baseline} does not exist; run the pipeline (dvc repro) first") from None
-    except Exception as error:
-        raise UserError(f"weights file {space.baseline} is not a whole safetensors file ({error})") from None
-    classes = [shape[0] for shape in shapes if len(shape) == 2]
-    return models.load_weights(models.build(space.settings.model, classes[-1] if classes else 1, 0), space.baseline)
-
-
-def _curves(space: Workspace, method: str, dense_flops: int) -> tuple[pd.Series, pd.Series, int]:
-    """Measured accuracy and latency over FLOPs (index), the dense network's included; the latency's batch size."""
-    try:
-        table = pd.read_csv(space.results / "tradeoff.csv")
-        times = pd.read_csv(space.results / "latency.csv")
-        dense = pd.read_json(space.results / "baseline.json", typ="series").accuracy
-    except FileNotFoundError as error:
-        raise UserError(f"results file {error.filename} does not exist; run the pipeline (dvc repro) first") from None
-    accuracy = table[table.method == method].groupby("flops").accuracy.mean()
-    accuracy.loc[dense_flops] = dense
-    batch = int(times.batch.max())
-    latency = times[times.method.isin([method, "dense"]) & (times.batch == batch)].groupby("flops").latency_ms.mean()
-    return accuracy.sort_index(), latency.sort_index(), batch
+    def evaluate(self, cut: Cut) -> float:
+        """Test accuracy of the network with BatchNorm recalibrated (reads the images)."""
+        return recalibrated_accuracy(self.exp, cut.kept, self.exp.data.test.to(self.exp.compute.device))
 
 
 def _read_off(curve: pd.Series, flops: int) -> float | None:
@@ -153,19 +91,19 @@ class Panel:
     """Bars of the widths per layer. What never changes is drawn once and kept, so that a move is quick."""
 
     def __init__(self, instrument: Instrument):
-        graph = instrument.graph
+        graph, color = instrument.graph, METHODS[instrument.method].color
         figure = Figure(figsize=(10, 3.1), dpi=80)
         figure.set_layout_engine("none")
         self.canvas = FigureCanvasAgg(figure)
-        self.ax = ax = figure.add_axes((0.065, 0.2, 0.925, 0.7))
+        self.ax = ax = figure.add_axes((0.065, 0.2, 0.925, 0.65))
         layers = range(1, len(graph.layers) + 1)
         ax.bar(layers, graph.widths, color="#E3E3E3", width=0.9, label="dense")
-        self.bars = ax.bar(layers, graph.widths, color=COLORS["legr"], width=0.9, label="kept", animated=True)
-        marks = {"color": "#000000", "ms": 6, "label": "kept by the learned ranking", "animated": True}
+        self.bars = ax.bar(layers, graph.widths, color=color, width=0.9, label="kept", animated=True)
+        marks = {"color": "#000000", "ms": 6, "mew": 1.5, "label": "kept by the learned ranking", "animated": True}
         (self.marks,) = ax.plot(layers, graph.widths, "_", **marks)
         self.title = ax.set_title("", loc="left", fontsize=11, animated=True)
         ax.set(xlabel="prunable layer, in execution order", ylabel="filters", xlim=(0.3, len(graph.layers) + 0.7))
-        ax.legend(loc="upper left", fontsize=8)
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
         ax.grid(visible=False, axis="x")
         self.canvas.draw()
         self.background = self.canvas.copy_from_bbox(figure.bbox)
@@ -186,14 +124,12 @@ class Panel:
 
 def describe(instrument: Instrument, cut: Cut) -> pd.DataFrame:
     """One row of numbers about a cut; a dash where nothing was measured."""
-    latency = "–" if cut.latency_ms is None else f"{cut.latency_ms:.1f} ms"
-    accuracy = "–" if cut.accuracy is None else f"{100 * cut.accuracy:.2f}%"
     row = {
         "MFLOPs": f"{cut.flops / 1e6:.1f}",
         "FLOPs / dense": f"{cut.flops / instrument.dense_flops:.1%}",
         "parameters": f"{cut.params:,}",
-        f"latency, batch {instrument.batch} (interpolated)": latency,
-        "accuracy, fine-tuned (interpolated)": accuracy,
+        f"latency, batch {instrument.batch} (interpolated)": f"{cut.latency_ms:.1f} ms" if cut.latency_ms else "–",
+        "accuracy, fine-tuned (interpolated)": f"{cut.accuracy:.2%}" if cut.accuracy else "–",
     }
     return pd.DataFrame([row], index=[instrument.method])
 
@@ -201,35 +137,23 @@ def describe(instrument: Instrument, cut: Cut) -> pd.DataFrame:
 class Controls:
     """Sliders and a button over an `Instrument`; display `Controls(...)` as the last line of a cell."""
 
-    def __init__(self, instrument: Instrument, flops: float = 0.47):
+    def __init__(self, instrument: Instrument, target: float = 0.47):
         self.instrument, self.panel = instrument, Panel(instrument)
-        graph = instrument.graph
         long, wide = widgets.Layout(width="98%"), {"description_width": "9em"}
-        self.flops = widgets.FloatSlider(
-            flops,
-            min=0.1,
-            max=1.0,
-            step=0.01,
-            description="FLOPs / dense",
-            readout_format=".2f",
-            layout=long,
-            style=wide,
-        )
-        names = [(f"{i + 1}: {layer.name} ({layer.width})", i) for i, layer in enumerate(graph.layers)]
+        slider = {"min": 0.1, "max": 1.0, "step": 0.01, "readout_format": ".2f", "layout": long, "style": wide}
+        self.target = widgets.FloatSlider(target, description="FLOPs / dense", **slider)
+        names = [(f"{i + 1}: {layer.name} ({layer.width})", i) for i, layer in enumerate(instrument.graph.layers)]
         self.layer = widgets.Dropdown(options=names, description="tilt layer", style=wide)
         self.scale = widgets.FloatLogSlider(1.0, min=-1, max=1, step=0.05, description="its α ×", style=wide)
         self.shift = widgets.FloatSlider(0.0, min=-3, max=3, step=0.1, description="its κ + s ×", style=wide)
-        self.button = widgets.Button(
-            description="Prune and evaluate", tooltip="on the test images", layout=widgets.Layout(width="12em")
-        )
+        self.button = widgets.Button(description="Prune and evaluate", layout=widgets.Layout(width="14em"))
         self.image, self.numbers = widgets.Image(format="png", layout=long), widgets.HTML()
         self.result = widgets.HTML()
-        for control in (self.flops, self.layer, self.scale, self.shift):
+        for control in (self.target, self.layer, self.scale, self.shift):
             control.observe(self._moved, "value")
         self.button.on_click(self._evaluate)
-        tilts = widgets.HBox([self.layer, self.scale, self.shift])
-        parts = [self.flops, tilts, self.image, self.numbers, widgets.HBox([self.button, self.result])]
-        self.box = widgets.VBox(parts)
+        tilts, actions = widgets.HBox([self.layer, self.scale, self.shift]), widgets.HBox([self.button, self.result])
+        self.box = widgets.VBox([self.target, tilts, self.image, self.numbers, actions])
         self.update()
 
     @property
@@ -239,8 +163,8 @@ class Controls:
     def update(self) -> None:
         """Redraw for the controls' values."""
         try:
-            cut = self.instrument.cut(self.flops.value, self.ranking)
-            learned = self.instrument.cut(self.flops.value)
+            cut = self.instrument.cut(self.target.value, self.ranking)
+            learned = self.instrument.cut(self.target.value)
         except UserError as error:
             self.numbers.value, self.button.disabled = f"<b>{error}</b>", True
             return
@@ -259,15 +183,14 @@ class Controls:
     def _evaluate(self, _) -> None:
         self.result.value = "pruning and evaluating …"
         try:
-            found = self.instrument.evaluate(self.cut)
-            told = ", ".join(f"{name} <b>{100 * value:.2f}%</b>" for name, value in found.items())
-            self.result.value = f"measured test accuracy: {told} (no fine-tuning)"
+            accuracy = self.instrument.evaluate(self.cut)
+            self.result.value = f"test accuracy, BatchNorm recalibrated, not fine-tuned: <b>{accuracy:.2%}</b>"
         except UserError as error:
             self.result.value = str(error)
 
     def _repr_mimebundle_(self, **options) -> dict:
         """The widgets where they can live, and a picture where they can't (a rendered or executed notebook)."""
         bundle = dict(self.box._repr_mimebundle_(**options) or {})
-        bundle["text/plain"] = f"{self.instrument.method} at {self.flops.value} of the FLOPs"
+        bundle["text/plain"] = f"{self.instrument.method} at {self.target.value} of the FLOPs"
         bundle["image/png"] = base64.b64encode(self.image.value).decode()
         return bundle

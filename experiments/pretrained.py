@@ -1,43 +1,65 @@
 """Starting the dense network from weights trained elsewhere."""
 
-import hashlib
 import os
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import fx, nn
 
-from legr import models
+from experiments.config import Experiment
+from legr.files import UserError, tensors_digest
+
+# Outputs of an ImageNet classifier (1,000 classes, sorted by WordNet id) that are the classes of Imagenette.
+IMAGENETTE = {
+    "n01440764": 0, "n02102040": 217, "n02979186": 482, "n03000684": 491, "n03028079": 497,
+    "n03394916": 566, "n03417042": 569, "n03425413": 571, "n03445777": 574, "n03888257": 701,
+}  # fmt: skip
 
 
-def start(model: nn.Module, name: str, weights: str, classes: list[str], downloads: Path) -> dict[str, str]:
-    """Fill `model` from `weights`: "torchvision", or a file, relative to the project or absolute.
+def start(model: nn.Module, exp: Experiment) -> dict[str, str]:
+    """Fill `model` from `dense.weights`: "torchvision", or a file, relative to the project or absolute.
 
-    The environment variable LEGR_<MODEL> (LEGR_MOBILENET_V2) names a file that replaces torchvision's
-    download. Where the classes are WordNet ids, a 1,000-class classifier keeps just their rows.
+    The environment variable LEGR_<MODEL> (LEGR_MOBILENET_V2) names a file that replaces torchvision's download.
+    Where the images are Imagenette's, an ImageNet classifier keeps just their outputs.
 
     Returns:
-        What was loaded, for the results: its name, and a file's SHA-256.
+        What was loaded, for the record: its name and its tensors' digest.
     """
-    known = set(models.imagenet_classes())
-    rows = models.imagenet_rows(classes) if any(c in known for c in classes) else None
-    file = os.environ.get(f"LEGR_{name.upper()}") if weights == "torchvision" else weights
-    if not file:
-        models.load_torchvision(model, name, downloads, rows)
-        return {"weights": "torchvision IMAGENET1K_V1"}
-    path = Path(file).expanduser()
-    path = path if path.is_absolute() else downloads.parent.parent / path
-    models.load_weights(model, path, rows)
-    return {"weights": path.name, "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    settings, name = exp.settings.dense, exp.settings.model
+    torchvisions = settings.weights == "torchvision"
+    path = os.environ.get(f"LEGR_{name.upper()}") if torchvisions else settings.weights
+    try:
+        if path:
+            state = load_file((exp.root / Path(path).expanduser()).resolve())
+        else:
+            import torchvision
+
+            url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+            folder = str(exp.root / "data" / "downloads")
+            state = torch.hub.load_state_dict_from_url(url, folder, "cpu", False, True, weights_only=True)
+        if set(exp.data.classes) <= IMAGENETTE.keys():
+            rows = [IMAGENETTE[wordnet_id] for wordnet_id in exp.data.classes]
+            classifier = [key for key in state if len(state[key].shape) and len(state[key]) == 1000]
+            state |= {key: state[key][rows] for key in classifier}
+        model.load_state_dict(state)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"dense.weights is {settings.weights!r}; {path or 'the download'} can't be used ({reason}); set it, or "
+            f"LEGR_{name.upper()}, to a safetensors file"
+        ) from None
+    if settings.rescale:
+        rescale(model)
+    return {"weights": Path(path).name if path else "torchvision IMAGENET1K_V1", "digest": tensors_digest(state)}
 
 
 @torch.no_grad()
 def rescale(model: nn.Module) -> None:
-    """Scale each convolution that BatchNorm follows so that its filters' median L2 norm is 1.
+    """Scale each convolution that BatchNorm follows so that its filters' median L2 norm is 1; outputs stay.
 
-    The network computes what it did: BatchNorm's statistics are scaled alike. But a layer whose filters
-    have norm n learns 1/n² as fast (van Laarhoven, arXiv:1706.05350), and norms rank filters. Weights
-    that were folded for deployment, and then unfolded, come with layers 100 times apart.
+    A layer whose filters have norm n learns 1/n² as fast (van Laarhoven, arXiv:1706.05350), and norms rank filters.
+    Weights that were folded for deployment, and then unfolded, come with layers 100 times apart.
     """
     modules = dict(model.named_modules())
     for node in fx.symbolic_trace(model).graph.nodes:

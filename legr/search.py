@@ -195,7 +195,7 @@ def learn_ranking(
             waiting.append(evolution.ask())
             keys.append(_evaluate(judge, waiting[-1], known, submit))
         candidate, result = waiting.popleft(), known[keys.popleft()]
-        result = result.result() if isinstance(result, Future) else result
+        result = result if isinstance(result, dict) else result.result()
         evolution.tell(candidate, result["loss"], result["accuracy"], time.perf_counter() - began)
         if path is not None:
             write_text(path, json.dumps(evolution.state()))

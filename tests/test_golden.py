@@ -13,35 +13,49 @@ from legr.search import Evolution, SearchSettings
 from tests.conftest import NAME, PROJECT
 
 RESULTS = PROJECT / "results" / "laptop" / NAME
+SIX_OF_55 = 0.11  # the share of mutated layers in the committed searches; since then int(0.1 · 55) = 5
 
 
 @pytest.fixture(scope="module")
 def dense():
-    model = legr.models.load_weights(legr.models.resnet56(), RESULTS / "baseline.safetensors")
+    model = legr.models.load_weights(legr.models.resnet56(), RESULTS / "dense" / "network.safetensors")
     graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
     return graph, legr.filter_norms(model, graph)
 
 
-@pytest.mark.parametrize("suffix", ["", "-tau0"])
-def test_told_the_committed_losses_the_search_asks_for_the_committed_candidates(dense, suffix):
+@pytest.mark.parametrize("method", ["legr", "legr-ours"])
+def test_told_the_committed_losses_the_search_asks_for_the_committed_candidates(dense, method):
     _, norms = dense
-    maps = load_file(RESULTS / f"candidates{suffix}.safetensors")
-    evolution = Evolution(norms, SearchSettings(mutated=0.11))
-    for i, row in pd.read_csv(RESULTS / f"search{suffix}.csv").iterrows():
+    folder = RESULTS / "rankings" / method
+    maps = load_file(folder / "candidates-0.safetensors")
+    evolution = Evolution(norms, SearchSettings(mutated=SIX_OF_55))
+    for i, row in pd.read_csv(folder / "search-0.csv").iterrows():
         candidate = evolution.ask()
         assert np.array_equal(candidate.scale, maps["scale"][i])
         assert np.allclose(candidate.shift, maps["shift"][i], rtol=1e-6, atol=1e-6)
         evolution.tell(candidate, row.loss, row.accuracy)
     assert evolution.done
-    best = legr.Ranking.load(RESULTS / f"ranking{suffix}.json")
-    assert evolution.best.scale == best.scale
+    assert evolution.best.scale == legr.Ranking.load(folder / "ranking-0.json").scale
+
+
+def test_a_mutation_draws_five_of_55_layers(dense):
+    _, norms = dense
+    evolution = Evolution(norms, SearchSettings(population=1, evaluations=200, sample=1))
+    changed = []
+    for i in range(200):
+        candidate = evolution.ask()
+        if i:
+            changed.append(sum(a != b for a, b in zip(candidate.shift, parent.shift, strict=True)))
+        parent = candidate
+        evolution.tell(candidate, 0.0, 0.0)
+    assert max(changed) == 5  # fewer where a layer is drawn twice
 
 
 def test_the_committed_networks_are_cut_again(dense):
     graph, norms = dense
-    rankings = {m: legr.Ranking.load(RESULTS / f"ranking{m.removeprefix('legr')}.json") for m in ("legr", "legr-tau0")}
+    rankings = {m: legr.Ranking.load(RESULTS / "rankings" / m / "ranking-0.json") for m in ("legr", "legr-ours")}
     rankings["norm"] = legr.Ranking.norm_only(len(norms))
-    paths = sorted((RESULTS / "networks").glob("*.json"))
+    paths = sorted(path for path in (RESULTS / "sets").glob("*/*.json"))
     assert len(paths) == 10
     for path in paths:
         (row,) = json.loads(path.read_text())
@@ -50,5 +64,5 @@ def test_the_committed_networks_are_cut_again(dense):
         else:
             kept = legr.select(graph, rankings[row["method"]].scores(norms), row["target"])
         assert graph.flops(kept) == row["flops"]
-        widths = pd.read_csv(RESULTS / "figures" / f"network-{path.stem}.csv")[row["method"]]
+        widths = pd.read_csv(path.with_name(f"{path.stem}-widths.csv")).iloc[:, 3]
         assert [int(mask.sum()) for mask in kept] == widths.tolist()
