@@ -7,20 +7,19 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .PHONY: repro test install lint lab bench
 repro: install
 	dvc repro
+	@echo "All notebooks on one page: results/$$(sed -n 's/^scale: *\([a-z]*\).*/\1/p' params.yaml)/report.html"
 
 test: install
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup
 
 lint: install
 	ruff check . && ruff format --check .
 
 bench: install
 	python -m benchmarks
-	jupyter nbconvert --log-level WARN --to notebook --execute benchmarks/speed.ipynb \
-		--ExecutePreprocessor.record_timing=False --output-dir results/benchmarks
 
 lab: install
-	jupyter lab notebooks
+	jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/explore.ipynb
 
 install: $(VENV)/installed
 $(VENV)/installed: requirements.lock pyproject.toml

@@ -244,7 +244,8 @@ class Experiment:
 
     def kept(self, name: str, key: str) -> dict[str, Any] | None:
         """The record of an earlier run with this key, now in `out` with its files; None if there is none."""
-        for folder in (self.path(self.stage), self.state):
+        pipelines = self.root / "results" / self.scale / self.name / self.stage
+        for folder in (self.folder / self.stage, pipelines, self.state):
             path = folder / f"{name}.json"
             record = read_json(path, "record of a result") if path.exists() else {}
             if record.get("key") == key and all((folder / file).exists() for file in record["files"]):

@@ -21,7 +21,6 @@ from experiments.jobs import Jobs, progress
 from legr import models, training
 from legr.files import atomic, read_json, tensors_digest, write_json, write_text
 from legr.fitness import Fitness, FitnessSettings, Masks
-from legr.surgery import save_pruned
 
 
 def train_dense(exp: Experiment) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def train_network(exp: Experiment, method: str, target: float, trial: int) -> di
     values |= {"seconds": round(time.perf_counter() - start, 1), "widths": [int(mask.sum()) for mask in kept]}
     if trial == 0:  # the networks of one trial are published
         files = [f"{name}.safetensors"]
-        save_pruned(small, exp.graph, kept, exp.state / files[0])
+        models.save_weights(small, exp.state / files[0])
     return exp.record(name, key, files, values)
 
 
@@ -182,6 +181,12 @@ def rankings_to_measure(exp: Experiment) -> list[tuple[str, legr.Ranking]]:
     random = legr.search.Evolution(exp.norms, legr.search.SearchSettings(population=1000, evaluations=1000, seed=99))
     found += [("random", random.ask()) for _ in range(count + 1 - len(found))]
     return found
+
+
+def network(exp: Experiment, method: str, target: float) -> torch.nn.Module:
+    """A method's published network: that of the first trial, in eval mode on the CPU."""
+    small = legr.prune(exp.model, exp.graph, exp.select(method, target))
+    return models.load_weights(small, exp.path(f"sets/{method}/{target}-0.safetensors")).eval()
 
 
 def all_networks(exp: Experiment) -> pd.DataFrame:

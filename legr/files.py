@@ -83,10 +83,6 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
 def load_state(path: str | Path) -> dict[str, Any] | None:
     """What `save_state` wrote, or None if there is nothing; never runs pickled code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        return None
+        return torch.load(path, map_location="cpu", weights_only=True) if Path(path).exists() else None
     except Exception as error:
-        raise UserError(
-            f"checkpoint {path} is corrupt ({type(error).__name__}); delete it to start this step again"
-        ) from None
+        raise UserError(f"checkpoint {path} is corrupt ({type(error).__name__}); delete it to start again") from None

@@ -68,7 +68,7 @@ class Graph:
     traced: fx.Graph
     modules: frozenset[str]  # paths of all modules that the traced network calls
     filters: list[Labels]  # per layer [width]: the label of each filter
-    whole_params: int = 0  # parameters that no pruning touches
+    all_params: int  # parameters that the traced network uses
     units: list[np.ndarray] = field(init=False)  # per layer [width]: unit of each filter, -1 if it must stay
     unit_count: int = field(init=False)
     members: list[dict[int, int]] = field(init=False)  # per unit: how many filters of which layer (by its index)
@@ -117,9 +117,12 @@ class Graph:
 
     def params(self, kept: Sequence[Tensor] | None = None) -> int:
         """Parameters of the network, all that are used. Arguments are those of `flops`."""
-        inputs, outputs = self._channels(self.kept_units(kept))
-        pruned = (self._params_per_pair * inputs * outputs + self._params_per_output * outputs).sum()
-        return int(pruned) + self.whole_params
+
+        def counted(kept_units: np.ndarray) -> int:
+            inputs, outputs = self._channels(kept_units)
+            return int((self._params_per_pair * inputs * outputs + self._params_per_output * outputs).sum())
+
+        return self.all_params - counted(self.kept_units(None)) + counted(self.kept_units(kept))
 
     def kept_units(self, kept: Sequence[Tensor] | None) -> np.ndarray:
         """Per-layer masks as one mask over units, bool [units].
@@ -220,7 +223,6 @@ class _Labeller(fx.Interpreter):
         self.parent = [FIXED]  # union-find: each label's parent
         self.operations: list[Operation] = []
         self.called: set[str] = set()
-        self.whole: dict[int, Tensor] = {}  # parameters that stay as they are, by id
 
     def labelled(self) -> Graph:
         self.run(*[None for node in self.module.graph.nodes if node.op == "placeholder"])
@@ -233,7 +235,7 @@ class _Labeller(fx.Interpreter):
             traced=self.module.graph,
             modules=frozenset(self.called),
             filters=[o.outputs for o in layers],
-            whole_params=sum(p.numel() for p in self.whole.values()),
+            all_params=sum(p.numel() for p in self.module.parameters()),  # torch.fx drops what is not used
         )
 
     def run_node(self, n: fx.Node) -> Any:
@@ -241,8 +243,8 @@ class _Labeller(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.op == "placeholder":
             return torch.full(self.shape(), FIXED)
-        if n.op == "get_attr":
-            return self.left_whole(self.fetch_attr(str(n.target)))
+        if n.op == "get_attr":  # a parameter is not cut: what it is combined with isn't either
+            return torch.full(self.fetch_attr(str(n.target)).shape, FIXED)
         if n.op == "output":
             for source in n.all_input_nodes:
                 self.fix(self.env[source])
@@ -293,12 +295,6 @@ class _Labeller(fx.Interpreter):
         """A feature map [N, C, …] of the current node's shape with these channels."""
         shape = self.shape()
         return torch.from_numpy(labels).view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
-
-    def left_whole(self, parameter: Tensor) -> Tensor:
-        """A parameter that is not cut: what it is combined with isn't either."""
-        if isinstance(parameter, nn.Parameter):
-            self.whole[id(parameter)] = parameter
-        return torch.full(parameter.shape, FIXED)
 
     def new(self, count: int) -> Labels:
         start = len(self.parent)
@@ -379,9 +375,6 @@ def _batch_norm(net: _Labeller, x: Tensor) -> Tensor:
 
 def _layer_norm(net: _Labeller, x: Tensor, *_: Any, **__: Any) -> Tensor:
     """Its mean and variance are over all channels, so none of them can go."""
-    if net.node.op == "call_module":
-        for parameter in net.layer.parameters():
-            net.left_whole(parameter)
     net.fix(x)
     return x
 

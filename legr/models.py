@@ -104,7 +104,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """Fill `model` from a safetensors file, or a state dict saved by torch.save (.pt, .pth).
+    """Fill `model`, dense or pruned, from a safetensors file or a state dict saved by torch.save (.pt, .pth).
 
     Raises:
         UserError: the file is not whole, or of another network.

@@ -80,7 +80,6 @@ def select(
     cost: Callable[[list[Tensor]], float] | None = None,
     floor: float = FLOOR,
     keep: Collection[str] = (),
-    round_to: int = 1,
 ) -> list[Tensor]:
     """LeGR-Pruning (Fig. 2): drop units from the lowest score up until the cost first falls below the target.
 
@@ -94,8 +93,6 @@ def select(
             It is called about log2(units) times.
         floor: the fraction of each layer that stays at least; see `FLOOR` and `MIN_WIDTH`.
         keep: names of layers that stay whole, with all that is coupled with them.
-        round_to: of each kind of unit a multiple of this many stays, or all (Processors compute channels by
-            the vector, filled or not): what was dropped last comes back.
 
     Returns:
         One bool tensor [width] per layer, True for filters that stay.
@@ -104,7 +101,7 @@ def select(
         UserError: if the floors make the target unreachable; says the lowest reachable fraction.
     """
     order = np.argsort(_sum_over_units(graph, scores, "scores"), kind="stable")
-    return _drop_until(graph, order, flops, target, cost, floor, keep, round_to)
+    return _drop_until(graph, order, flops, target, cost, floor, keep)
 
 
 def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = None, **budget: Any) -> list[Tensor]:
@@ -113,10 +110,10 @@ def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = 
     `norms` are those of `filter_norms`; other arguments, result and errors are those of `select`.
     """
     norm = _sum_over_units(graph, norms, "norms")
-    # A unit's rank among those of its kind, as a fraction: in this order all layers get narrower alike.
-    order = np.lexsort((norm, graph.kind))
-    fraction = np.empty(graph.unit_count)
-    fraction[order] = (_place_in_kind(graph.kind[order]) + 0.5) / np.bincount(graph.kind)[graph.kind[order]]
+    fraction = np.empty(graph.unit_count)  # a unit's rank among those of its kind: by it all layers thin alike
+    for kind in np.unique(graph.kind):
+        units = np.flatnonzero(graph.kind == kind)
+        fraction[units[np.argsort(norm[units], kind="stable")]] = (np.arange(len(units)) + 0.5) / len(units)
     return _drop_until(graph, np.argsort(fraction, kind="stable"), flops, **budget)
 
 
@@ -132,15 +129,6 @@ def _sum_over_units(graph: Graph, values: Sequence[Tensor], name: str) -> np.nda
     return total
 
 
-def _place_in_kind(kinds: np.ndarray) -> np.ndarray:
-    """How many of the same kind stand before each, int [n]."""
-    order = np.argsort(kinds, kind="stable")
-    sizes = np.bincount(kinds)
-    place = np.empty(len(kinds), np.int64)
-    place[order] = np.arange(len(kinds)) - (np.cumsum(sizes) - sizes)[kinds[order]]
-    return place
-
-
 def check_fraction(name: str, value: float) -> None:
     if not (isinstance(value, int | float) and 0 < value <= 1):
         raise UserError(f"{name} is {value}; it must be a fraction of the dense network's, above 0 and at most 1")
@@ -154,7 +142,6 @@ def _drop_until(
     cost: Callable[[list[Tensor]], float] | None = None,
     floor: float = FLOOR,
     keep: Collection[str] = (),
-    round_to: int = 1,
 ) -> list[Tensor]:
     """Drop units in `order`, as far as the floors allow, until the cost first falls below the target."""
     if (flops is None) == (target is None) or (target is None) != (cost is None):
@@ -163,20 +150,14 @@ def _drop_until(
     check_fraction(name, fraction)
     if not 0 <= floor < 1:
         raise UserError(f"floor is {floor}; it must be at least 0 and below 1")
-    if not (isinstance(round_to, int) and round_to >= 1):
-        raise UserError(f"round_to is {round_to}; it must be a whole number, at least 1")
     if unknown := set(keep) - {layer.name for layer in graph.layers}:
         raise UserError(f"keep names {min(unknown)!r}; it must name prunable layers, such as {graph.layers[0].name!r}")
 
     dropped = _droppable(graph, order, floor, keep)
-    kinds = graph.kind[dropped]
-    place, total = _place_in_kind(kinds), np.bincount(graph.kind)
 
     def kept_after(count: int) -> np.ndarray:
-        left = total - np.bincount(kinds[:count], minlength=len(total))
-        gone = total - np.minimum(-(-left // round_to) * round_to, total)
         kept = np.ones(graph.unit_count, bool)
-        kept[dropped[:count][place[:count] < gone[kinds[:count]]]] = False
+        kept[dropped[:count]] = False
         return kept
 
     def cost_after(count: int) -> float:

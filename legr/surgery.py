@@ -3,17 +3,14 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from legr.files import UserError, atomic
+from legr.files import UserError
 from legr.graph import Graph, Operation
-from legr.models import halved
 
 
 def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
@@ -103,27 +100,3 @@ def _thin_pad(node: fx.Node, operation: Operation, out: np.ndarray) -> None:
     else:
         node.kwargs = node.kwargs | {"pad": tuple(amounts)}
     assert node.target is F.pad
-
-
-def save_pruned(small: nn.Module, graph: Graph, kept: Sequence[Tensor], path: str | Path) -> None:
-    """One safetensors file: the pruned network's weights, `halved`, and which filters they are (`kept.<layer>`)."""
-    masks = {f"kept.{layer.name}": keep.cpu() for layer, keep in zip(graph.layers, kept, strict=True)}
-    with atomic(path) as temporary:
-        save_file(masks | halved(small.state_dict()), temporary)
-
-
-def load_pruned(model: nn.Module, graph: Graph, path: str | Path) -> tuple[nn.Module, list[Tensor]]:
-    """The network and masks that `save_pruned` wrote; `model` is the dense network's architecture."""
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"network {path} does not exist; make it first (the set stage)") from None
-    except Exception as error:
-        raise UserError(f"network {path} is not a whole safetensors file ({error})") from None
-    try:
-        kept = [tensors.pop(f"kept.{layer.name}") for layer in graph.layers]
-        small = prune(model, graph, kept)
-        small.load_state_dict(tensors)
-    except (KeyError, RuntimeError, UserError):
-        raise UserError(f"network {path} was not pruned from this architecture ({type(model).__name__})") from None
-    return small, kept

@@ -100,39 +100,30 @@ def evaluate(model: nn.Module, images: Images, compute: Compute, batch_size: int
     """Cross-entropy `loss` and `accuracy` (a fraction) in eval mode; the model's mode is restored."""
     was_training, size = model.training, batch_size or _batch_size(images)
 
-    def sums(batch: tuple[Tensor, Tensor]) -> Tensor:
+    def sums(inputs: Tensor, labels: Tensor) -> Tensor:
         with torch.inference_mode(), compute.autocast():
-            logits = model(batch[0]).float()
-            loss = F.cross_entropy(logits, batch[1], reduction="sum")
-            return torch.stack([loss.double(), (logits.argmax(1) == batch[1]).sum().double()])
+            logits = model(inputs).float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            return torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
+
+    def sums_by_one_thread(start: int) -> Tensor:
+        torch.set_num_threads(1)  # of this thread's operations
+        return sums(*next(images[start : start + size].batches(size)))
 
     model.eval()
-    if images.device.type == "cpu":
-        parts = _a_thread_each(sums, images, size)
+    threads = torch.get_num_threads()
+    if isinstance(images, Images) and images.device.type == "cpu":
+        # Small operations keep several cores busier so than split up between them, and give the same bits.
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                parts = list(pool.map(sums_by_one_thread, range(0, len(images), size)))
+        finally:
+            torch.set_num_threads(threads)
     else:
-        parts = [sums(batch) for batch in images.batches(size)]
+        parts = [sums(*batch) for batch in images.batches(size)]
     model.train(was_training)
     loss, correct = torch.stack(parts).sum(0).tolist()
     return {"loss": loss / len(images), "accuracy": correct / len(images)}
-
-
-def _a_thread_each(function: Callable, images: Images, size: int) -> list:
-    """`function(batch)` of every batch, in order, each by one thread of its own.
-
-    Small operations keep several cores busier so than split up between them, and the number of threads does
-    not change a bit of the result.
-    """
-
-    def alone(batch: tuple[Tensor, Tensor]) -> Any:
-        torch.set_num_threads(1)  # of this thread's operations
-        return function(batch)
-
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(alone, images.batches(size)))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _batch_size(images: Images) -> int:
@@ -273,17 +264,9 @@ def _strided_depthwise_in_float32(model: nn.Module, compute: Compute) -> Iterato
     slow = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 < max(m.stride)]
     if compute.identity() != ["cpu", "bfloat16"]:
         slow = []
-
-    def in_float32(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            with torch.autocast("cpu", enabled=False):
-                return conv._conv_forward(x.float(), conv.weight, conv.bias)
-
-        return forward
-
+    for conv in slow:
+        conv.forward = torch.amp.custom_fwd(conv.forward, device_type="cpu", cast_inputs=torch.float32)
     try:
-        for conv in slow:
-            conv.forward = in_float32(conv)
         yield
     finally:
         for conv in slow:
