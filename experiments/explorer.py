@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 import legr
@@ -87,39 +85,21 @@ def _read_off(curve: pd.Series, flops: int) -> float | None:
     return float(np.interp(flops, curve.index.to_numpy(float), curve.to_numpy()))
 
 
-class Panel:
-    """Bars of the widths per layer. What never changes is drawn once and kept, so that a move is quick."""
-
-    def __init__(self, instrument: Instrument):
-        graph, color = instrument.graph, METHODS[instrument.method].color
-        figure = Figure(figsize=(10, 3.1), dpi=80)
-        figure.set_layout_engine("none")
-        self.canvas = FigureCanvasAgg(figure)
-        self.ax = ax = figure.add_axes((0.065, 0.2, 0.925, 0.65))
-        layers = range(1, len(graph.layers) + 1)
-        ax.bar(layers, graph.widths, color="#E3E3E3", width=0.9, label="dense")
-        self.bars = ax.bar(layers, graph.widths, color=color, width=0.9, label="kept", animated=True)
-        marks = {"color": "#000000", "ms": 6, "mew": 1.5, "label": "kept by the learned ranking", "animated": True}
-        (self.marks,) = ax.plot(layers, graph.widths, "_", **marks)
-        self.title = ax.set_title("", loc="left", fontsize=11, animated=True)
-        ax.set(xlabel="prunable layer, in execution order", ylabel="filters", xlim=(0.3, len(graph.layers) + 0.7))
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
-        ax.grid(visible=False, axis="x")
-        self.canvas.draw()
-        self.background = self.canvas.copy_from_bbox(figure.bbox)
-
-    def png(self, cut: Cut, learned: Cut, title: str) -> bytes:
-        self.canvas.restore_region(self.background)
-        for bar, width in zip(self.bars, cut.widths, strict=True):
-            bar.set_height(width)
-            self.ax.draw_artist(bar)
-        self.marks.set_ydata(learned.widths)
-        self.title.set_text(title)
-        self.ax.draw_artist(self.marks)
-        self.ax.draw_artist(self.title)
-        buffer = io.BytesIO()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue()
+def draw(instrument: Instrument, cut: Cut, learned: Cut, title: str) -> bytes:
+    """Bars of the widths per layer, with marks where the learned ranking's are, as a PNG."""
+    figure = Figure(figsize=(10, 3.1), dpi=80)
+    ax, widths = figure.add_axes((0.065, 0.2, 0.925, 0.65)), instrument.graph.widths
+    layers = range(1, len(widths) + 1)
+    ax.bar(layers, widths, color="#E3E3E3", width=0.9, label="dense")
+    ax.bar(layers, cut.widths, color=METHODS[instrument.method].color, width=0.9, label="kept")
+    ax.plot(layers, learned.widths, "_", color="#000000", ms=6, mew=1.5, label="kept by the learned ranking")
+    ax.set(xlabel="prunable layer, in execution order", ylabel="filters", xlim=(0.3, len(widths) + 0.7))
+    ax.set_title(title, loc="left", fontsize=11)
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
+    ax.grid(visible=False, axis="x")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def describe(instrument: Instrument, cut: Cut) -> pd.DataFrame:
@@ -138,7 +118,7 @@ class Controls:
     """Sliders and a button over an `Instrument`; display `Controls(...)` as the last line of a cell."""
 
     def __init__(self, instrument: Instrument, target: float = 0.47):
-        self.instrument, self.panel = instrument, Panel(instrument)
+        self.instrument = instrument
         long, wide = widgets.Layout(width="98%"), {"description_width": "9em"}
         slider = {"min": 0.1, "max": 1.0, "step": 0.01, "readout_format": ".2f", "layout": long, "style": wide}
         self.target = widgets.FloatSlider(target, description="FLOPs / dense", **slider)
@@ -172,7 +152,7 @@ class Controls:
         changed = sum(a != b for a, b in zip(cut.widths, learned.widths, strict=True))
         title = f"{self.instrument.method} at {cut.flops / self.instrument.dense_flops:.1%} of the FLOPs"
         title += f" · {changed} layers differ from the learned ranking" if changed else ""
-        self.image.value = self.panel.png(cut, learned, title)
+        self.image.value = draw(self.instrument, cut, learned, title)
         row = describe(self.instrument, cut).iloc[0]
         self.numbers.value = " · ".join(f"{name}: <b>{value}</b>" for name, value in row.items())
 

@@ -12,14 +12,16 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.numpy import save_file
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import legr
 from experiments import pretrained
 from experiments.config import Experiment
 from experiments.jobs import Jobs, progress
 from legr import models, training
-from legr.files import atomic, read_json, tensors_digest, write_json, write_text
+from legr.data import Batches, Images
+from legr.files import UserError, atomic, read_json, tensors_digest, write_json, write_text
 from legr.fitness import Fitness, FitnessSettings, Masks
 
 
@@ -117,7 +119,8 @@ def train_network(exp: Experiment, method: str, target: float, trial: int) -> di
     values["accuracy_before"] = training.evaluate(small, test, compute)["accuracy"]
     values["accuracy_recalibrated"] = recalibrated_accuracy(exp, kept, test)
     log = progress(f"{method} {target:.0%}, trial {trial}", settings.recipe.epochs, "train_loss", "train_accuracy")
-    training.train(small, train, settings.recipe, compute, seed=trial, state_folder=exp.state, log=log)
+    replica, share = shared(small, train, settings.recipe.batch_size)
+    training.train(replica, share, settings.recipe, compute, seed=trial, state_folder=exp.state, log=log)
     small.load_state_dict(models.halved(small.state_dict()))  # as in its file
     result, files = training.evaluate(small, test, compute), []
     values |= {"accuracy": result["accuracy"], "test_loss": result["loss"], "epochs": settings.recipe.epochs}
@@ -126,6 +129,36 @@ def train_network(exp: Experiment, method: str, target: float, trial: int) -> di
         files = [f"{name}.safetensors"]
         models.save_weights(small, exp.state / files[0])
     return exp.record(name, key, files, values)
+
+
+def shared(model: nn.Module, images: Images, batch_size: int) -> tuple[nn.Module, Images]:
+    """Under torchrun: a view of `model` that averages gradients, and this process's share of every batch."""
+    if not distributed.is_initialized():
+        return model, images
+    if batch_size % distributed.get_world_size():
+        world = distributed.get_world_size()
+        raise UserError(f"batch_size is {batch_size}; it must be a multiple of {world}, the number of processes")
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model), _Share(images)
+
+
+class _Share:
+    """Images of which each of torchrun's processes gets every world-th of a batch."""
+
+    def __init__(self, images: Images):
+        self.images = images
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.images, name)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def augmented_batches(self, *args: Any) -> Batches:
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        for inputs, labels in self.images.augmented_batches(*args):
+            yield inputs[rank::world], labels[rank::world]
 
 
 def recalibrated_accuracy(exp: Experiment, kept: list[Tensor], test) -> float:
@@ -183,7 +216,7 @@ def rankings_to_measure(exp: Experiment) -> list[tuple[str, legr.Ranking]]:
     return found
 
 
-def network(exp: Experiment, method: str, target: float) -> torch.nn.Module:
+def network(exp: Experiment, method: str, target: float) -> nn.Module:
     """A method's published network: that of the first trial, in eval mode on the CPU."""
     small = legr.prune(exp.model, exp.graph, exp.select(method, target))
     return models.load_weights(small, exp.path(f"sets/{method}/{target}-0.safetensors")).eval()

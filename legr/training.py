@@ -1,6 +1,6 @@
 """Training and evaluation: one recipe, one loop, checkpoints that resume to the same result."""
 
-import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
 from legr.data import Images
@@ -178,8 +177,6 @@ def train(
 ) -> pd.DataFrame:
     """Train `model` in place; epoch e depends on (seed, e) alone, so a resumed run ends the same.
 
-    Under torchrun (after `torch.distributed.init_process_group`) each process takes its share of every batch.
-
     Args:
         model: moved to the device, channels last.
         images: training images, on `compute.device`.
@@ -193,7 +190,7 @@ def train(
         val_accuracy where `validation` is given.
 
     Raises:
-        UserError: the loss is no longer finite, or processes can't share a batch evenly.
+        UserError: the loss is no longer finite.
     """
     model.to(compute.device, memory_format=torch.channels_last)
     checkpoint = state = None
@@ -204,8 +201,7 @@ def train(
         state = load_state(checkpoint)
     if state:
         model.load_state_dict(state["model"])
-    network, rank, world = _replica(model, recipe)
-    optimizer = recipe.optimizer(network)
+    optimizer = recipe.optimizer(model)
     if state:
         optimizer.load_state_dict(state["optimizer"])
     rows: list[dict[str, Any]] = state["rows"] if state else []
@@ -214,22 +210,19 @@ def train(
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         batches = images.augmented_batches(recipe.batch_size, generator, recipe.side(epoch))
-        sums = torch.zeros(2, dtype=torch.float64, device=compute.device)
+        sums, seen = torch.zeros(2, dtype=torch.float64, device=compute.device), 0
         torch.manual_seed(generator.initial_seed())  # for dropout, which draws from PyTorch's own generator
-        network.train()
-        with _strided_depthwise_in_float32(network, compute):
-            for step, (inputs, labels) in enumerate(batches):
+        model.train()
+        with _strided_depthwise_in_float32(model, compute):
+            for step, batch in enumerate(batches):
                 rate = recipe.learning_rate((epoch + step / steps) / recipe.epochs)
                 optimizer.param_groups[0]["lr"] = rate
-                share = (inputs[rank::world], labels[rank::world])
-                loss, correct = _step(network, optimizer, share, compute)
-                sums += torch.stack([loss * len(share[1]), correct])
-        if world > 1:
-            distributed.all_reduce(sums)
-            model.load_state_dict(network.module.state_dict())
-        seen = steps * min(recipe.batch_size, len(images))
+                loss, correct = _step(model, optimizer, batch, compute)
+                count = len(batch[1])
+                sums += torch.stack([loss * count, correct])
+                seen += count
         train_loss, train_accuracy = (sums / seen).tolist()
-        if not torch.isfinite(sums[0]):
+        if not math.isfinite(train_loss):
             raise UserError(
                 f"lr is {recipe.lr}; the loss became {train_loss} in epoch {epoch + 1}, so it must be smaller"
             )
@@ -238,24 +231,11 @@ def train(
         if validation is not None:
             row |= {f"val_{name}": value for name, value in evaluate(model, validation, compute).items()}
         rows.append(row)
-        if rank == 0 and checkpoint:
+        if checkpoint:
             save_state(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows})
-        if rank == 0 and log:
+        if log:
             log(row)
     return pd.DataFrame(rows)
-
-
-def _replica(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, int, int]:
-    """A copy that averages gradients over torchrun's processes, with (rank, world); alone the model itself."""
-    if not distributed.is_initialized():
-        return model, 0, 1
-    rank, world = distributed.get_rank(), distributed.get_world_size()
-    if recipe.batch_size % world:
-        raise UserError(f"batch_size is {recipe.batch_size}; it must be a multiple of {world}, the number of processes")
-    model = copy.deepcopy(model)
-    if next(model.parameters()).is_cuda:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model), rank, world
 
 
 @contextmanager
