@@ -120,7 +120,8 @@ def train_network(exp: Experiment, method: str, target: float, trial: int) -> di
     values["accuracy_recalibrated"] = recalibrated_accuracy(exp, kept, test)
     log = progress(f"{method} {target:.0%}, trial {trial}", settings.recipe.epochs, "train_loss", "train_accuracy")
     replica, share = shared(small, train, settings.recipe.batch_size)
-    training.train(replica, share, settings.recipe, compute, seed=trial, state_folder=exp.state, log=log)
+    state = exp.state / f"rank{distributed.get_rank()}" if distributed.is_initialized() else exp.state
+    training.train(replica, share, settings.recipe, compute, seed=trial, state_folder=state, log=log)
     small.load_state_dict(models.halved(small.state_dict()))  # as in its file
     result, files = training.evaluate(small, test, compute), []
     values |= {"accuracy": result["accuracy"], "test_loss": result["loss"], "epochs": settings.recipe.epochs}
@@ -132,12 +133,16 @@ def train_network(exp: Experiment, method: str, target: float, trial: int) -> di
 
 
 def shared(model: nn.Module, images: Images, batch_size: int) -> tuple[nn.Module, Images]:
-    """Under torchrun: a view of `model` that averages gradients, and this process's share of every batch."""
+    """Under torchrun: a view of `model` that averages gradients, and this process's share of every batch.
+
+    BatchNorm sees the whole batch on GPUs, and its process's share on CPUs.
+    """
     if not distributed.is_initialized():
         return model, images
     if batch_size % distributed.get_world_size():
         world = distributed.get_world_size()
         raise UserError(f"batch_size is {batch_size}; it must be a multiple of {world}, the number of processes")
+    model.to(memory_format=torch.channels_last)  # gradients are averaged in the layout that DDP finds
     if next(model.parameters()).is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model), _Share(images)

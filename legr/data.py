@@ -103,8 +103,9 @@ class Images:
     def _resized_crops(self, pixels: Tensor, places: Tensor, flips: Tensor) -> Tensor:
         """Parts of `min_area` to all of the area, sides 3:4 to 4:3 (Szegedy et al., CVPR 2015), bilinear."""
         area = self.augmentation.min_area + (1 - self.augmentation.min_area) * places[:, 0]
-        ratio = torch.exp((2 * places[:, 1] - 1) * torch.log(torch.tensor(4 / 3)))
-        size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)  # width, height; the image's are 1
+        widest = torch.minimum(torch.log(torch.tensor(4 / 3)), -torch.log(area))  # no side is longer than the image's
+        ratio = torch.exp((2 * places[:, 1] - 1) * widest)
+        size = torch.stack([area * ratio, area / ratio], 1).sqrt()  # width, height; the image's are 1
         centre = (2 * places[:, 2:] - 1) * (1 - size)
         transform = torch.diag_embed(torch.where(flips[:, None] & torch.tensor([True, False]), -size, size))
         transform = torch.cat([transform, centre[:, :, None]], 2).to(self.device)

@@ -113,9 +113,11 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         pickled = Path(path).suffix in (".pt", ".pth")
         state = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
         model.load_state_dict(state)
+        if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{broken[0]} has values that are not finite")
     except FileNotFoundError:
         raise UserError(f"weights file {path} does not exist; run the stage that makes it") from None
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"weights file {path} can't be loaded into {type(model).__name__}: {reason}") from None
     return model

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ MIN_WIDTH = 2  # ...and never ends with fewer than 2
 
 def filter_norms(model: nn.Module, graph: Graph) -> list[Tensor]:
     """‖Θ_i‖², the squared L2 norm of each filter's weights: one float32 tensor [width] per layer, on the CPU."""
-    weights = [model.get_submodule(layer.name).weight.detach().float() for layer in graph.layers]
+    try:
+        weights = [model.get_submodule(layer.name).weight.detach().float() for layer in graph.layers]
+    except AttributeError as error:
+        raise UserError(f"model is not the network that graph was traced from ({error})") from None
     norms = [weight.pow(2).sum(tuple(range(1, weight.dim()))).cpu() for weight in weights]
     check_per_layer(graph, norms, "model")
     for layer, norm in zip(graph.layers, norms, strict=True):
@@ -130,7 +134,7 @@ def _sum_over_units(graph: Graph, values: Sequence[Tensor], name: str) -> np.nda
 
 
 def check_fraction(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and 0 < value <= 1):
+    if not (isinstance(value, Real) and 0 < value <= 1):
         raise UserError(f"{name} is {value}; it must be a fraction of the dense network's, above 0 and at most 1")
 
 
@@ -185,7 +189,7 @@ def _drop_until(
 def _droppable(graph: Graph, order: np.ndarray, floor: float, keep: Collection[str]) -> np.ndarray:
     """The units of `order` less those that would take a layer below its floor."""
     room = [
-        0 if layer.name in keep else min(math.floor((1 - floor) * layer.width), layer.width - MIN_WIDTH)
+        0 if layer.name in keep else min(math.floor((1 - floor) * layer.width + 1e-9), layer.width - MIN_WIDTH)
         for layer in graph.layers
     ]
     found = []

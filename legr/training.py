@@ -145,7 +145,7 @@ def take_steps(model: nn.Module, images: Images, recipe: Recipe, steps: int, com
     model.train()
     with _strided_depthwise_in_float32(model, compute):
         while steps > 0:
-            for batch, _ in zip(images.augmented_batches(recipe.batch_size, generator), range(steps), strict=False):
+            for _, batch in zip(range(steps), images.augmented_batches(recipe.batch_size, generator), strict=False):
                 _step(model, optimizer, batch, compute)
                 steps -= 1
 
