@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 import yaml
 from torch import nn
 from torch.nn import functional as F
 
 import legr
-from experiments.datasets import DataSettings, prepare
-from legr import data
+from legr.data import Augmentation, Dataset, Images, hold_out
 from legr.models import CifarResNet
 from legr.training import Compute
 
@@ -30,9 +30,8 @@ class Inverted(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
         self.expand = nn.Sequential(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6())
-        self.depthwise = nn.Sequential(
-            nn.Conv2d(24, 24, 3, 1, 1, groups=24, bias=False), nn.BatchNorm2d(24), nn.ReLU6()
-        )
+        depthwise = nn.Conv2d(24, 24, 3, 1, 1, groups=24, bias=False)
+        self.depthwise = nn.Sequential(depthwise, nn.BatchNorm2d(24), nn.ReLU6())
         self.project = nn.Sequential(nn.Conv2d(24, 8, 1, bias=False), nn.BatchNorm2d(8))
         self.pool = nn.AdaptiveAvgPool2d(2)
         self.linear = nn.Linear(32, 10)
@@ -90,10 +89,19 @@ def small():
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "digits.safetensors"
-    prepare(DataSettings(name="digits", holdout=200), path.parent, path)
-    return data.load(path)
+def digits():
+    return load_digits()
+
+
+def load_digits() -> Dataset:
+    """scikit-learn's handwritten digits, 8×8 grey enlarged to 32×32×3; every fifth is a test image."""
+    bunch = sklearn.datasets.load_digits()
+    grey = torch.tensor(bunch.images, dtype=torch.float32)[:, None] * (255 / 16)
+    large = F.interpolate(grey, size=(32, 32), mode="bilinear").round().to(torch.uint8)
+    every = Images(large.expand(-1, 3, -1, -1).contiguous(), torch.tensor(bunch.target), Augmentation(flip=False))
+    test = torch.arange(len(every)) % 5 == 0
+    train = every[~test]
+    return Dataset("digits", list("0123456789"), train, hold_out(train.labels, 200, 0), every[test])
 
 
 @pytest.fixture
@@ -118,10 +126,25 @@ def random_kept(graph: legr.Graph, seed: int, share: float = 0.5) -> list[torch.
     return graph.masks(units)
 
 
+def silenced(model: nn.Module, graph: legr.Graph, kept: list[torch.Tensor]) -> nn.Module:
+    """`model`, changed in place: of dropped filters there is no output, nor anything left after BatchNorm."""
+    units = graph.kept_units(kept)
+    with torch.no_grad():
+        for operation in graph.operations:
+            if operation.module is not None:
+                module = model.get_submodule(operation.module)
+                gone = torch.from_numpy(~graph.kept_channels(units, operation.outputs))
+                module.weight[gone] = 0
+                if module.bias is not None:
+                    module.bias[gone] = 0
+    return model
+
+
 def dvc(folder, *arguments, check=True):
     command = [sys.executable, "-m", "dvc", *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    own = {"PATH": path, "PYTHONPATH": str(folder)}  # the folder's code, not that which is installed
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | own)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result.stdout if check else result.stdout + result.stderr
 
@@ -140,23 +163,23 @@ def done(tmp_path_factory):
         shutil.copytree(
             PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         )
-    for name in ("params.yaml", "dvc.yaml"):
+    for name in ("params.yaml", "dvc.yaml", ".dvcignore"):
         shutil.copy(PROJECT / name, folder / name)
 
     def shorten(params):
-        params["scale"] = "demo"
-        for name in (NAME, PHOTOS):
+        params |= {"scale": "demo", "methods": {"learned": ["legr"], "plain": ["norm"]}}
+        for name, target, resolution in ((NAME, 0.5, 8), (PHOTOS, 0.7, 16)):
             demo = params["demo"][name]
-            params["experiments"][name] |= {"targets": [0.5], "contrast": {"legr-tau0": [0.5]}}
-            demo["baseline"]["recipe"]["epochs"] = 2
-            demo["search"]["algorithm"] = {"population": 4, "evaluations": 6, "sample": 2}
-            if name == NAME:  # the other one judges its candidates one by one, and fully
-                demo["search"] |= {"workers": 2}
-                demo["search"]["algorithm"] |= {"in_flight": 2, "racing": 0.5}
-            demo["search"]["fitness"] |= {"validation_images": 64, "recalibration_images": 64, "steps": 1}
-            demo["finetune"]["recipe"]["epochs"] = 1
-            demo["prediction"] = {"rankings": 5, "steps": 4}
-            demo["latency"] = {"batches": [1, 4], "repetitions": 2, "warmup": 1}
+            demo["data"]["resolution"] = resolution
+            demo["targets"] = [target]
+            demo["dense"]["recipes"][0] |= {"epochs": 1, "batch_size": 64}
+            search = {"population": 2, "evaluations": 4, "sample": 2}
+            fitness = {"validation_images": 64, "recalibration_images": 64, "steps": int(name == PHOTOS)}
+            demo["rankings"] = {"legr": {"flops": [target], "search": search, "fitness": fitness}}
+            demo["finetune"]["recipe"] |= {"epochs": 1, "batch_size": 256}
+            fitness = {"as pruned": {"validation_images": 64}, "after 1 step": {"validation_images": 64, "steps": 1}}
+            demo["ablations"] |= {"targets": [target], "rankings": 4, "steps": 2, "fitness": fitness}
+            demo["latency"] = {"batches": [1, 4], "repetitions": 2}
 
     change(folder, shorten)
     dvc(folder, "init", "--no-scm", "--quiet")

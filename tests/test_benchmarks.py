@@ -1,50 +1,79 @@
-"""The benchmarks measure what they say: each procedure alone, with the allocator it is said to have."""
+"""The yardsticks do the same work as ours, and the page has the numbers that were measured."""
 
+import json
 import os
+import time
 
+import pandas as pd
 import pytest
+import torch
 
-from benchmarks.apart import Apart
-from benchmarks.yardstick import side_by_side, timed
-
-
-def counter(step):
-    """A procedure with memory: calls so far, times `step`, and what its process was started with."""
-    calls = []
-
-    def count():
-        calls.append(None)
-        return os.getpid(), step * len(calls), os.environ.get("MALLOC_TRIM_THRESHOLD_")
-
-    return count
+import legr
+from benchmarks.__main__ import COLUMNS, PAGE, RESULTS, table
+from benchmarks.apart import side_by_side
+from benchmarks.networks import write_table
+from benchmarks.procedures import FRACTION, plain_epoch, plain_loss, plain_select, random_images
+from legr.data import Dataset
+from legr.fitness import Fitness, FitnessSettings
+from tests.conftest import PROJECT
 
 
-def broken(_):
-    def fail():
-        raise ValueError("no")
-
-    return fail
-
-
-def test_each_procedure_has_a_process_and_an_allocator_of_its_own(monkeypatch):
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "123")
-    with Apart(counter, 1, keep_memory=False) as stock, Apart(counter, 10, keep_memory=True) as kept:
-        found = [run()[1] for run in (stock, kept, stock, kept)]
-        seconds, _ = stock()
-    assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "123"
-    processes, counts, settings = zip(*found, strict=True)
-    assert len({os.getpid(), *processes}) == 3 and 0 <= seconds < 1
-    assert counts == (1, 10, 2, 20)
-    assert settings == (None, str(2**34)) * 2
+@pytest.mark.parametrize("flops", [0.9, FRACTION, 0.2])
+def test_filters_chosen_one_by_one_are_those_of_select(network, flops):
+    graph = legr.trace(network, torch.zeros(1, 3, 32, 32))
+    scores = legr.Ranking.norm_only(len(graph.layers)).scores(legr.filter_norms(network, graph))
+    expected = plain_select(graph, scores, flops)
+    assert all(map(torch.equal, legr.select(graph, scores, flops), expected))
 
 
-def test_an_error_of_a_procedure_is_told():
-    with Apart(broken, 0, keep_memory=False) as procedure, pytest.raises(ValueError, match="no"):
-        procedure()
+@pytest.mark.parametrize("recalibration", [0, 300])
+def test_the_plain_loss_is_the_loss_of_the_fitness(small, compute, recalibration):
+    model, graph = small
+    images, ranking = random_images(200 + recalibration, "cpu"), legr.Ranking.norm_only(len(graph.layers))
+    data = Dataset("random", list("0123456789"), images, torch.arange(200), images)
+    fitness = Fitness(model, graph, data, [FRACTION], FitnessSettings(recalibration_images=recalibration), compute)
+    plain = plain_loss(model, graph, ranking, images[:200], fitness.recalibration)
+    assert plain == pytest.approx(fitness(fitness.select(ranking))["loss"], rel=1e-4)
 
 
-def test_medians_leave_the_first_call_out():
-    times = iter([100.0, 1.0, 2.0, 30.0])
-    assert side_by_side({"a": lambda: (next(times), None)}, 3) == {"a": 2.0}
-    seconds, found = timed(lambda: "found")()
-    assert found == "found" and 0 <= seconds < 1
+def test_a_plain_epoch_trains(small):
+    model, images = small[0].train(), random_images(256, "cpu")
+    before = model.conv1.weight.clone()
+    plain_epoch(model, images)
+    assert model.conv1.weight.isfinite().all() and not torch.equal(before, model.conv1.weight)
+
+
+def sleeper(folder, name, seconds):
+    def sleep():
+        with (folder / "log").open("a") as log:
+            log.write(f"{name} {os.getpid()} {torch.get_num_threads()}\n")
+        time.sleep(seconds)
+
+    return sleep
+
+
+def test_procedures_take_turns_in_processes_of_their_own(tmp_path):
+    calls = {"a": (sleeper, tmp_path, "a", 0.05), "b": (sleeper, tmp_path, "b", 0.1)}
+    times = side_by_side(calls, threads=(1, 2), turns=2)
+    assert all(0.05 <= times[n]["a"] < 0.1 <= times[n]["b"] < 1 for n in (1, 2))
+    names, processes, threads = zip(*map(str.split, (tmp_path / "log").read_text().splitlines()), strict=True)
+    assert "".join(names) == "ab" * 6 and "".join(threads) == "1" * 6 + "2" * 6
+    assert len({os.getpid(), *map(int, processes)}) == 3
+
+
+def test_the_page_has_the_measured_numbers():
+    speed, page = pd.read_csv(PROJECT / RESULTS / "speed.csv"), (PROJECT / PAGE).read_text(encoding="utf-8")
+    assert list(speed) == COLUMNS
+    assert (speed.times_faster * speed.ours_s / speed.yardstick_s).between(0.999, 1.001).all()
+    rows = [line[2:-2].split(" | ") for line in page.split("|---|\n")[1].splitlines() if line.startswith("|")]
+    assert rows == list(table(speed))
+    about = json.loads((PROJECT / RESULTS / "about.json").read_text())
+    machine, capability, cores = about["processor"].split(", ")
+    assert f"{cores} ({machine}, {capability})" in page and f"PyTorch is {about['versions']['torch']}" in page
+
+
+def test_a_new_table_replaces_only_the_old_one(tmp_path):
+    page, head = tmp_path / "page.md", "Text.\n\n| a | b |\n|---|---|\n"
+    page.write_text(f"{head}| 1 | 2 |\n| 3 | 4 |\n\nMore.\n")
+    write_table(page, [["5", "6"]])
+    assert page.read_text() == f"{head}| 5 | 6 |\n\nMore.\n"

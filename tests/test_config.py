@@ -1,53 +1,72 @@
-"""params.yaml: what its scales say, and overrides. Mistakes are in test_mistakes.py."""
+"""params.yaml: what its scales say, overrides, and folders to play in. Mistakes are in test_mistakes.py."""
 
 import shutil
-from pathlib import Path
 
 import pytest
+import yaml
 
 import legr
-from experiments.config import workspace
+from experiments.config import open_experiment
+from experiments.methods import METHODS
+from tests.conftest import NAME, PHOTOS, PROJECT
 
-PROJECT = Path(__file__).parent.parent
-NAME = "cifar10-resnet56"
+SCALES = yaml.safe_load((PROJECT / "params.yaml").read_text())
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with a copy of params.yaml to spoil; also the current folder."""
-    (tmp_path / "params.yaml").write_text((PROJECT / "params.yaml").read_text())
-    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns("kernel-*"))
-    monkeypatch.chdir(tmp_path)
+    """A folder with a copy of params.yaml; the current folder is one in it."""
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
     return tmp_path
 
 
-@pytest.mark.parametrize("scale", ["demo", "laptop", "paper"])
-def test_every_scale_is_valid(project, scale):
-    space = workspace(scale, NAME)
-    assert space.results == project / "results" / scale / NAME
-    assert len(space.networks) == 10
+@pytest.mark.parametrize(("scale", "name"), [(s, n) for s in ("demo", "laptop", "paper") for n in SCALES[s]])
+def test_every_scale_is_valid(project, scale, name):
+    exp = open_experiment(scale, name, "dense", "results")
+    assert exp.folder == project / "results" / scale / name
+    assert {m for m in exp.methods if METHODS[m].learned} <= exp.settings.rankings.keys()
+    for said in (f"{scale} scale", exp.settings.model, f"fine-tuned {exp.settings.finetune.recipe.epochs} epochs"):
+        assert said in exp.caption
 
 
-def test_paper_scale_is_the_papers_protocol(project):
-    settings = workspace("paper", NAME).settings
-    recipe = settings.baseline.recipe
-    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.gamma, recipe.milestones) == (
-        200, 128, 0.1, 0.2, (0.3, 0.6, 0.8),
-    )  # fmt: skip
-    assert (recipe.momentum, recipe.weight_decay) == (0.9, 5e-4)
-    assert (settings.finetune.recipe.epochs, settings.finetune.recipe.lr) == (400, 0.01)
-    assert len(settings.finetune.seeds) == 3
-    algorithm = settings.search.algorithm
-    assert (algorithm.population, algorithm.evaluations, algorithm.sample, settings.search.flops) == (64, 400, 16, 0.47)
+def test_the_paper_scale_is_the_papers_protocol(project):
+    settings, photos = (open_experiment("paper", name, "dense").settings for name in (NAME, PHOTOS))
+    (dense,), finetune = settings.dense.recipes, settings.finetune.recipe
+    assert (settings.model, settings.data.name, settings.data.resolution) == ("resnet56", "cifar10", 32)
+    assert (dense.epochs, dense.lr, finetune.epochs, finetune.lr) == (200, 0.1, 400, 0.01)
+    for recipe in (dense, finetune):
+        assert (recipe.batch_size, recipe.momentum, recipe.nesterov, recipe.weight_decay) == (128, 0.9, True, 5e-4)
+        assert (recipe.schedule, recipe.gamma, recipe.milestones) == ("step", 0.2, (0.3, 0.6, 0.8))
+    for learned in (settings.rankings["legr"], photos.rankings["legr"]):
+        assert (learned.search.population, learned.search.evaluations, learned.search.sample) == (64, 400, 16)
+        assert (learned.fitness.recalibration_images, learned.fitness.validation_images) == (0, None)
+    assert (settings.rankings["legr"].flops, settings.rankings["legr"].fitness.steps) == ((0.47,), 0)
+    assert (settings.floor, settings.trials, settings.data.holdout) == (0.1, 3, 5000)  # a tenth is held out
+    assert (photos.model, photos.data.name, photos.data.resolution) == ("mobilenet_v2", "imagenet", 224)
+    assert (photos.floor, photos.rankings["legr"].fitness.steps, photos.finetune.recipe.epochs) == (0.2, 200, 60)
 
 
-def test_overrides_change_one_setting(project):
-    space = workspace("demo", NAME, "playground", {"finetune.recipe.epochs": 7})
-    assert space.settings.finetune.recipe.epochs == 7
-    assert space.results == project / "playground" / "demo" / NAME
-    assert space.checkpoints == project / "playground" / "checkpoints" / "demo" / NAME
+def test_overrides_change_one_setting_and_leave_the_prepared_images_alone(project):
+    before = open_experiment("demo", NAME, "dense").settings
+    changed = {"finetune.recipe.epochs": 7, "latency.batches": [2]}
+    after = open_experiment("demo", NAME, "dense", overrides=changed).settings
+    assert (after.finetune.recipe.epochs, after.latency.batches) == (7, (2,))
+    assert after.finetune.recipe.model_copy(update={"epochs": 2}) == before.finetune.recipe
+    assert after.rankings == before.rankings
+    with pytest.raises(legr.UserError, match=r"overrides has 'data\.holdout'.*change params\.yaml"):
+        open_experiment("demo", NAME, "dense", overrides={"data.holdout": 5})
 
 
-def test_overrides_leave_the_prepared_images_alone(project):
-    with pytest.raises(legr.UserError, match=r"overrides has 'data\.holdout'"):
-        workspace("demo", NAME, None, {"data.holdout": 5})
+def test_a_playground_reads_what_it_lacks_from_the_pipelines_results(project):
+    own, theirs = (project / folder / "demo" / NAME / "dense/dense.json" for folder in ("playground", "results"))
+    for path, accuracy in ((theirs, 0.25), (own, 0.75)):
+        path.parent.mkdir(parents=True)
+        path.write_text(f'{{"accuracy": {accuracy}}}')
+        exp = open_experiment("demo", NAME, "sets/norm")
+        assert (exp.path("dense/dense.json"), exp.dense["accuracy"]) == (path, accuracy)
+    assert exp.out == project / "playground/demo" / NAME / "sets/norm"
+    pipelines = open_experiment("demo", NAME, "sets/norm", "results")
+    assert pipelines.path("dense/dense.json") == theirs
+    assert project / ".state" in pipelines.out.parents  # the runner swaps it in

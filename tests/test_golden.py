@@ -41,10 +41,10 @@ def test_told_the_committed_losses_the_search_asks_for_the_committed_candidates(
 def test_a_mutation_draws_five_of_55_layers(dense):
     _, norms = dense
     evolution = Evolution(norms, SearchSettings(population=1, evaluations=200, sample=1))
-    changed = []
-    for i in range(200):
+    changed, parent = [], None
+    for _ in range(200):
         candidate = evolution.ask()
-        if i:
+        if parent:
             changed.append(sum(a != b for a, b in zip(candidate.shift, parent.shift, strict=True)))
         parent = candidate
         evolution.tell(candidate, 0.0, 0.0)

@@ -1,0 +1,143 @@
+"""The data sets: digits, folders of images in memory and streamed, CIFAR-10's check, and the prepared file."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import legr
+from experiments.datasets import CIFAR10_CLASSES, DataSettings, Files, load, prepare
+from legr import models
+from legr.data import Augmentation, Images
+from legr.fitness import Fitness, FitnessSettings
+from legr.training import Recipe, evaluate, train
+
+WNIDS = ["n01440764", "n02102040", "n03888257"]
+
+
+def plant(root, classes, counts=(10, 3)):
+    """Photographs of several sizes and formats, train/<class>/ and val/<class>/."""
+    random = np.random.default_rng(0)
+    for split, count in zip(("train", "val"), counts, strict=True):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                height, width = random.integers(40, 80, 2)
+                pixels = random.integers(0, 120, (height, width, 3)) + np.eye(3, dtype=int)[label % 3] * 100
+                image = Image.fromarray(pixels.astype(np.uint8))
+                image = image.convert("L") if i == 0 else image  # some photographs have no colour
+                image.save(root / split / name / f"{name}_{i}.{'png' if i % 2 else 'jpg'}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return plant(tmp_path_factory.mktemp("photos"), WNIDS)
+
+
+def prepared(root, path, name="folder", **settings):
+    given = DataSettings(**{"name": name, "holdout": 6, "resolution": 32, "folder": root and str(root)} | settings)
+    prepare(given, path.parent, path)
+    return load(path, given)
+
+
+@pytest.fixture
+def both(tree, tmp_path):
+    """The same photographs in memory and streamed."""
+    return prepared(tree, tmp_path / "memory"), prepared(tree, tmp_path / "disk", stream=True)
+
+
+def test_digits_need_no_download_and_are_the_same_each_time(tmp_path):
+    settings = DataSettings(name="digits", resolution=16, holdout=200, augmentation=Augmentation(flip=False))
+    for name in ("a", "b"):
+        prepare(settings, tmp_path, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    data = load(tmp_path / "a", settings)
+    assert (len(data.fit), len(data.holdout), len(data.test), data.classes) == (998, 200, 599, list("0123456789"))
+    assert data.train.pixels.shape == (1198, 3, 16, 16) and not data.train.augmentation.flip
+    assert load(tmp_path / "b", settings).digest() == data.digest()
+
+
+def test_a_folder_has_its_classes_in_order_and_images_keep_their_proportions(tmp_path):
+    root = plant(tmp_path / "own", ["owl", "ant"])
+    wide = Image.new("RGB", (90, 30), "white")
+    wide.paste("black", (30, 0, 60, 30))
+    wide.save(root / "val/ant/ant_0.png")
+    data = prepared(root, tmp_path / "out", holdout=4, resolution=30)
+    assert data.classes == ["ant", "owl"] and data.train.labels.bincount().tolist() == [10, 10]
+    assert (len(data.fit), len(data.holdout), len(data.test)) == (16, 4, 7)
+    brightest = data.train.pixels.float().mean((2, 3)).argmax(1)  # owls were planted red, ants green
+    assert (brightest == 1 - data.train.labels).sum() >= 18
+    assert (data.test.pixels[1] == 0).all()  # the square in the middle, not the whole squashed
+
+
+def test_another_set_is_not_taken_for_cifar10(tree, tmp_path, monkeypatch):
+    with pytest.raises(legr.UserError, match=r"has 30 training and 9 test images of n01440764.*CIFAR-10 has 50,000"):
+        prepared(tree, tmp_path / "out", "cifar10")
+    monkeypatch.setenv("LEGR_CIFAR10", str(plant(tmp_path / "small", CIFAR10_CLASSES, (3, 1))))
+    with pytest.raises(legr.UserError, match="small has 30 training and 10 test images of airplane"):
+        prepared(None, tmp_path / "out", "cifar10")
+    assert not (tmp_path / "out").exists()
+
+
+def test_streaming_shows_what_memory_holds(both):
+    memory, disk = both
+    assert isinstance(disk.fit, Files) and isinstance(memory.fit, Images)
+    for part in ("fit", "holdout", "test", "train"):
+        here, there = getattr(memory, part), getattr(disk, part)
+        assert len(here) == len(there) > 0
+        for (x, y), (u, v) in zip(here.batches(4), there.batches(4), strict=True):
+            assert torch.equal(x, u) and torch.equal(y, v)
+
+
+def test_streamed_epochs_repeat_by_their_seed(both):
+    _, disk = both
+
+    def epoch(seed, side=None):
+        batches = list(disk.fit.augmented_batches(7, torch.Generator().manual_seed(seed), side))
+        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+    (one, labels), (again, _), (other, others) = epoch(1), epoch(1), epoch(2)
+    assert one.shape == (21, 3, 32, 32)  # of 24 images: an incomplete last batch is dropped
+    assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(labels, others)
+    assert epoch(1, 24)[0].shape == (21, 3, 24, 24)
+
+
+def test_a_streamed_set_trains_and_is_searched_as_in_memory(both, compute):
+    results = []
+    for images in both:
+        model = models.build("mobilenet_v2", 3, 0).eval()
+        graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
+        judge = Fitness(model, graph, images, [0.5], FitnessSettings(recalibration_images=16), compute)
+        networks = judge.select(legr.Ranking.norm_only(len(graph.layers)))
+        results.append([evaluate(model, images.test, compute)["loss"], judge(networks)["loss"]])
+        before = model.features[0][0].weight.clone()
+        rows = train(model, images.fit, Recipe(epochs=1, batch_size=12, lr=0.01), compute, seed=0)
+        assert np.isfinite(rows.train_loss).all() and not torch.equal(before, model.features[0][0].weight)
+    assert results[0] == results[1]
+
+
+def test_an_image_that_breaks_off_is_named_when_it_is_streamed(tree, tmp_path):
+    root = shutil.copytree(tree, tmp_path / "copy")
+    broken = root / "train" / WNIDS[0] / f"{WNIDS[0]}_3.png"
+    broken.write_bytes(broken.read_bytes()[:600])  # its header is whole
+    images = prepared(root, tmp_path / "out", stream=True)
+    with pytest.raises(legr.UserError, match=r"^image .*n01440764_3\.png can't be read") as error:
+        list(images.train.batches(5))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"holdout": 7}, {"resolution": 24}, {"augmentation": {"flip": False}}])
+def test_images_prepared_with_other_settings_are_refused(tree, tmp_path, change):
+    given = DataSettings(name="folder", holdout=6, resolution=32, folder=str(tree))
+    prepare(given, tmp_path, tmp_path / "out")
+    with pytest.raises(legr.UserError, match="were prepared with other settings; run the data stage"):
+        load(tmp_path / "out", DataSettings.model_validate(given.model_dump() | change))
+    (tmp_path / "out").write_bytes((tmp_path / "out").read_bytes()[:3000])
+    with pytest.raises(legr.UserError, match="out are not whole .*delete the file"):
+        load(tmp_path / "out", given)
+    (tmp_path / "out").unlink()
+    with pytest.raises(legr.UserError, match="out do not exist; run the data stage"):
+        load(tmp_path / "out", given)

@@ -1,0 +1,125 @@
+"""Jobs: here, on a cluster started here, and on workers elsewhere, one of which dies; the results are the same."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import distributed
+import pandas as pd
+import pytest
+import torch
+
+import legr
+from experiments import work
+from experiments.config import open_experiment
+from experiments.jobs import Jobs, open_jobs
+from tests.conftest import NAME, PROJECT
+from tests.test_work import plant
+
+EACH = [("norm", target, trial) for target in (0.6, 0.5) for trial in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """One thread, as workers have it: results are then the same to the bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield plant(tmp_path_factory.mktemp("project"))
+    torch.set_num_threads(before)
+
+
+def opened(project, results, stage="sets/norm", **overrides):
+    search = {"rankings.legr.search": {"population": 3, "evaluations": 8, "sample": 2, "in_flight": 2}}
+    return open_experiment("demo", NAME, stage, results, search | overrides, project)
+
+
+def timeless(records):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def here(project):
+    exp = opened(project, "here")
+    return timeless(Jobs(exp).run(work.train_network, EACH, "networks"))
+
+
+def seen(exp, *arguments):
+    return exp.stage, *arguments
+
+
+def test_one_worker_is_this_process_and_keeps_the_order(project):
+    with open_jobs(opened(project, "alone")) as jobs:
+        assert jobs.client is None
+        assert jobs.run(seen, [(3,), (1,), (2,)], "numbers") == [("sets/norm", 3), ("sets/norm", 1), ("sets/norm", 2)]
+        assert jobs.submit(seen, 5).result() == ("sets/norm", 5)
+
+
+@pytest.mark.slow
+def test_two_workers_here_give_the_same_networks_and_the_same_search(project, here):
+    exp, ranking = opened(project, "two", workers=2), opened(project, "two", "rankings/legr", workers=2)
+    with open_jobs(exp) as jobs:
+        assert timeless(jobs.run(work.train_network, EACH, "networks")) == here
+        with pytest.raises(legr.UserError, match=r"^flops is 0\.0001; the lowest reachable fraction[^\n]*$"):
+            jobs.run(work.train_network, [("norm", 0.0001, 0)], "a network too small")
+        work.learn(ranking, Jobs(ranking, jobs.client), "legr", 0)
+    alone = opened(project, "here", "rankings/legr")
+    work.learn(alone, Jobs(alone), "legr", 0)
+    assert alone.ranking("legr", 0) == ranking.ranking("legr", 0)
+    assert pd.read_csv(alone.out / "search-0.csv").equals(pd.read_csv(ranking.out / "search-0.csv"))
+    assert (exp.out / "0.5-0.safetensors").read_bytes() == (alone.folder / "sets/norm/0.5-0.safetensors").read_bytes()
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """The address of a Dask scheduler, and its two workers, processes of their own; they end with the test."""
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    file, started = tmp_path / "scheduler.json", []
+
+    def start(kind, *options):
+        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--scheduler-file", str(file), *options]
+        with open(tmp_path / f"{len(started)}.log", "w") as log:
+            command += ["--host", "127.0.0.1", "--no-dashboard"]
+            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log))
+
+    try:
+        start("scheduler", "--port", "0")
+        deadline = time.monotonic() + 60
+        while not file.exists() or not file.read_text():
+            assert time.monotonic() < deadline and started[0].poll() is None
+            time.sleep(0.2)
+        for _ in range(2):
+            start("worker", "--nthreads", "1", "--no-nanny")
+        yield json.loads(file.read_text())["address"], started[1:]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_workers_elsewhere_finish_all_jobs_though_one_is_killed(project, here, elsewhere):
+    address, workers = elsewhere
+    with open_jobs(opened(project, "elsewhere", workers=address)) as jobs:
+        jobs.client.wait_for_workers(2, timeout=60)
+        futures = [jobs.submit(work.train_network, *arguments) for arguments in EACH]
+        deadline = time.monotonic() + 120
+        while not all(jobs.client.processing().values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        workers[0].kill()
+        found = [future.result(timeout=300) for future in futures]
+        assert len(jobs.client.scheduler_info()["workers"]) == 1
+    assert timeless(found) == here
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "two"])
+def test_a_scheduler_that_does_not_answer_is_one_sentence(project, address, monkeypatch):
+    client = distributed.Client
+    monkeypatch.setattr(distributed, "Client", lambda where, timeout: client(where, timeout=1))  # not that patient
+    with (
+        pytest.raises(legr.UserError, match=rf"^workers is '{address}'; no Dask scheduler answers there[^\n]*$"),
+        open_jobs(opened(project, "nobody", workers=address)),
+    ):
+        pass

@@ -1,0 +1,186 @@
+"""The work of the stages: every result carries a key and is made once; published weights give the recorded accuracy."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+import legr
+from experiments import config, datasets, pretrained, work
+from experiments.config import open_experiment
+from experiments.jobs import Jobs
+from legr import models
+from legr.files import write_json
+from tests.conftest import NAME, PHOTOS, PROJECT
+
+
+def plant(folder, model="resnet56"):
+    """A project of tiny runs on digits of 8 pixels, with its images and a dense network of random weights."""
+    section = yaml.safe_load((PROJECT / "params.yaml").read_text())["demo"][NAME]
+    section["data"] |= {"resolution": 8}
+    section |= {"model": model, "targets": [0.5], "compute": {"device": "cpu", "precision": "float32"}}
+    section["dense"]["recipes"] = [{"epochs": 1, "batch_size": 64, "lr": 0.05}]
+    for ranking in section["rankings"].values():
+        ranking |= {"search": {"population": 3, "evaluations": 6, "sample": 2}, "fitness": {"validation_images": 50}}
+    section["finetune"] = {"recipe": {"epochs": 1, "batch_size": 64, "lr": 0.02}, "recalibration_images": 64}
+    section["ablations"] |= {"rankings": 4, "steps": 1, "fitness": {"as pruned": {"validation_images": 50}}}
+    params = {"scale": "demo", "methods": {"learned": ["legr"], "plain": ["norm", "uniform"]}, "demo": {NAME: section}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    exp = open_experiment("demo", NAME, "dense", root=folder)
+    datasets.prepare(exp.settings.data, folder, exp.images)
+    pipelines = folder / "results" / "demo" / NAME / "dense"
+    models.save_weights(models.build(model, 10, 0), pipelines / "network.safetensors")
+    write_json(pipelines / "dense.json", {"accuracy": 0.1})
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """With a network of the same kind as ResNet-56, but shallow."""
+    monkeypatch.setitem(models.MODELS, "resnet8", lambda classes: models.CifarResNet(1, classes))
+    return plant(tmp_path, "resnet8")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The recipes' epochs of every training and search that really happened."""
+    happened = []
+
+    def noted(function):
+        return lambda *args, **kwargs: (happened.append(function.__name__), function(*args, **kwargs))[1]
+
+    monkeypatch.setattr(work.training, "train", noted(work.training.train))
+    monkeypatch.setattr(work.legr, "learn_ranking", noted(work.legr.learn_ranking))
+    return happened
+
+
+def opened(project, stage, overrides=None):
+    return open_experiment("demo", NAME, stage, "playground", overrides, project)
+
+
+def test_a_dense_network_is_trained_once_and_its_file_gives_the_recorded_accuracy(project, trained, monkeypatch):
+    longer = {"dense.recipes": [{"epochs": 3, "batch_size": 32, "lr": 0.05}]}
+    exp = opened(project, "dense", longer)
+    first = work.train_dense(exp)
+    assert (first["epochs"], first["train_images"], first["test_images"]) == (3, 998, 599)
+    assert work.train_dense(opened(project, "dense", longer)) == first
+    assert trained == ["train"]
+    model = models.load_weights(models.build("resnet8", 10, 1), exp.out / "network.safetensors")
+    found = legr.training.evaluate(model, exp.data.test, exp.compute)
+    assert found["accuracy"] == pytest.approx(first["accuracy"], abs=1e-6) and first["accuracy"] > 0.2  # it learned
+    assert first["flops"] == exp.graph.flops() and (exp.out / "training.csv").exists()
+    second = work.train_dense(opened(project, "dense"))
+    assert trained == ["train", "train"] and second["epochs"] == 1 and second["key"] != first["key"]
+    monkeypatch.setattr(config, "code_digest", lambda: "another")
+    assert work.train_dense(opened(project, "dense"))["key"] != second["key"] and len(trained) == 3
+
+
+def test_a_ranking_is_learned_once_and_anew_in_every_trial(project, trained):
+    exp = opened(project, "rankings/legr")
+    jobs = Jobs(exp)
+    first = work.learn(exp, jobs, "legr", 0)
+    assert work.learn(opened(project, "rankings/legr"), jobs, "legr", 0) == first
+    assert trained == ["learn_ranking"]
+    work.learn(exp, jobs, "legr", 1)
+    assert exp.ranking("legr", 0) != exp.ranking("legr", 1)
+    history = pd.read_csv(exp.out / "search-0.csv")
+    assert len(history) == first["evaluations"] == 6 and first["loss"] == pytest.approx(history.loss.min())
+    assert first["loss_of_norm_only"] == pytest.approx(history.loss[2])  # the last of the initial population
+    fewer = opened(project, "rankings/legr", {"rankings.legr.fitness.validation_images": 40})
+    assert work.learn(fewer, Jobs(fewer), "legr", 0)["key"] != first["key"]
+    assert trained == ["learn_ranking"] * 3
+
+
+def test_a_network_is_trained_once_and_its_file_gives_the_recorded_accuracy(project, trained):
+    exp = opened(project, "sets/norm", {"finetune.recipe.epochs": 2})
+    first = work.train_network(exp, "norm", 0.5, 0)
+    assert first["flops_ratio"] < 0.5 and first["flops"] == exp.graph.flops(exp.select("norm", 0.5))
+    assert work.train_network(opened(project, "sets/norm", {"finetune.recipe.epochs": 2}), "norm", 0.5, 0) == first
+    assert trained == ["train"]
+    small = work.network(opened(project, "sets/norm"), "norm", 0.5)
+    found = legr.training.evaluate(small, exp.data.test, exp.compute)
+    assert found["accuracy"] == pytest.approx(first["accuracy"], abs=1e-6)
+    assert [small.get_submodule(layer.name).out_channels for layer in exp.graph.layers] == first["widths"]
+    second = work.train_network(exp, "norm", 0.5, 1)
+    assert second["files"] == [] and second["test_loss"] != first["test_loss"]  # another seed; not published
+    other = opened(project, "sets/norm", {"finetune.recipe.lr": 0.001})
+    assert work.train_network(other, "norm", 0.5, 0)["test_loss"] != first["test_loss"]
+    assert trained == ["train"] * 3
+
+
+def test_networks_are_those_of_their_own_ranking(project, trained):
+    """A ranking that comes out otherwise makes other networks; one that comes out the same keeps them."""
+    exp = opened(project, "sets/legr")
+    rankings = project / "results" / "demo" / NAME / "rankings" / "legr" / "ranking-0.json"
+    layers = len(exp.norms)
+    legr.Ranking.norm_only(layers).save(rankings)
+    first = work.train_network(exp, "legr", 0.5, 0)
+    legr.Ranking((2.0,) * layers, (0.0,) * layers).save(rankings)  # another ranking, the same order
+    assert work.train_network(exp, "legr", 0.5, 0) == first and trained == ["train"]
+    legr.Ranking((1.0,) * layers, tuple(np.linspace(0, 9, layers))).save(rankings)
+    assert work.train_network(exp, "legr", 0.5, 0)["widths"] != first["widths"] and trained == ["train", "train"]
+
+
+def test_the_papers_networks_stand_beside_its_own_experiments_only():
+    papers = work.papers_networks(open_experiment("paper", NAME, "compare", root=PROJECT))
+    found = papers[papers.network.str.startswith("LeGR")].set_index("mflops").accuracy_percent
+    assert found[58.9] == 93.7 and found[87.8] == 94.1
+    for scale, name in (("demo", NAME), ("laptop", PHOTOS)):
+        assert work.papers_networks(open_experiment(scale, name, "compare", root=PROJECT)) is None
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_train_a_network_that_the_stage_finds(tmp_path, trained):
+    project = plant(tmp_path)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "experiments", "network"]
+    command = [sys.executable, *launch, "demo", NAME, "norm", "0.5", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    exp = open_experiment("demo", NAME, "sets/norm", "results", root=project)
+    record = work.train_network(exp, "norm", 0.5, 0)
+    assert not trained and record["epochs"] == 1
+    small = models.load_weights(
+        legr.prune(exp.model, exp.graph, exp.select("norm", 0.5)), exp.out / "0.5-0.safetensors"
+    )
+    found = legr.training.evaluate(small, exp.data.test, exp.compute)
+    assert found["accuracy"] == pytest.approx(record["accuracy"], abs=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["w.safetensors", "torchvision"])
+def test_weights_keep_just_the_outputs_of_the_classes(tmp_path, monkeypatch, weights):
+    """A file named in params.yaml, or by the environment in place of the download."""
+    thousand, model = models.build("mobilenet_v2", 1000, 1), models.build("mobilenet_v2", 3, 0)
+    models.save_weights(thousand, tmp_path / "w.safetensors")
+    monkeypatch.setenv("LEGR_MOBILENET_V2", str(tmp_path / "w.safetensors"))
+    settings = SimpleNamespace(dense=config.DenseSettings(weights=weights), model="mobilenet_v2")
+    data = SimpleNamespace(classes=["n01440764", "n02102040", "n03888257"])
+    said = pretrained.start(model, SimpleNamespace(settings=settings, root=tmp_path, data=data))
+    assert said["weights"] == "w.safetensors" and len(said["digest"]) == 16
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = thousand.eval()(x)[:, [0, 217, 701]]  # sorted WordNet ids are ImageNet's order
+        assert torch.allclose(model.eval()(x), expected, atol=2e-2)
+
+
+def test_rescaling_brings_layers_to_one_scale_and_changes_no_output():
+    model = models.build("mobilenet_v2", 3, 0).eval()
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = model(image)
+    with torch.no_grad():  # as deployment tools leave it: each layer at a scale of its own
+        for factor, block in enumerate(model.features[1:-1], 2):
+            conv, norm = block.conv[-2], block.conv[-1]
+            conv.weight *= factor
+            norm.running_mean *= factor
+            norm.running_var.copy_((norm.running_var + norm.eps) * factor**2 - norm.eps)
+    pretrained.rescale(model)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    medians = torch.stack([c.weight.flatten(1).norm(dim=1).median() for c in convolutions])
+    torch.testing.assert_close(medians, torch.ones(52))
+    torch.testing.assert_close(model(image), expected, rtol=1e-3, atol=1e-4)
