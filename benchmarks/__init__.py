@@ -1,1 +1,1 @@
-"""How fast, as ratios: each comparison is measured side by side in one run (make bench)."""
+"""How long the authors' procedure and ours take, as ratios measured side by side in one run (make bench)."""

@@ -1,59 +1,34 @@
-"""A procedure in a process of its own: what others leave in memory touches neither its time nor its results.
+"""Procedures in processes of their own, which take turns: none meets what another left in memory."""
 
-It matters: glibc hands large blocks back to the system, and fetches them anew for every batch, until something in the
-process has happened to change its mind. So the authors' procedure is timed with the allocator as it comes, and again
-with the settings that this project's pipeline gives its own processes.
-"""
-
-import multiprocessing
-import os
-from collections.abc import Callable
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from typing import Any
+from contextlib import ExitStack
+from functools import cache
+from multiprocessing import get_context
+from statistics import median
 
-from benchmarks.yardstick import timed
-from experiments.__main__ import KEEP_MEMORY
+import torch
 
 
-class Apart:
-    """What `make(*arguments)` returns, called in a fresh process; calling it gives its seconds and what it returned.
+def side_by_side(calls: Mapping[str, tuple], threads: Sequence[int], turns: int = 3) -> dict[int, dict[str, float]]:
+    """Median seconds by number of threads and name; the first turn with each number of threads is not counted.
 
-    Args:
-        make: importable; it, its arguments, and those and the results of the calls are pickled.
-        keep_memory: the allocator's settings of this project's pipeline; else those that the system comes with.
+    A call is (make, *arguments), which can be pickled; what is timed is the function that `make(*arguments)` returns.
     """
-
-    def __init__(self, make: Callable[..., Callable], *arguments: Any, keep_memory: bool):
-        before = dict(os.environ)
-        for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-            del os.environ[name]
-        try:
-            os.environ |= KEEP_MEMORY if keep_memory else {}
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, context, _make, (make, arguments))
-            self._pool.submit(int).result()  # the process starts here, with this environment
-        finally:
-            os.environ.clear()
-            os.environ |= before
-
-    def __call__(self, *arguments: Any) -> tuple[float, Any]:
-        return self._pool.submit(_call, *arguments).result()
-
-    def __enter__(self) -> "Apart":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+    with ExitStack() as stack:
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name in calls}
+        schedule = [(count, turn, name) for count in threads for turn in range(turns + 1) for name in calls]
+        seconds = {key: pools[key[2]].submit(_time, key[0], *calls[key[2]]).result() for key in schedule}
+    return {n: {name: median(seconds[n, t + 1, name] for t in range(turns)) for name in calls} for n in threads}
 
 
-_procedure: Callable | None = None
+_made = cache(lambda make, *arguments: make(*arguments))
 
 
-def _make(make: Callable[..., Callable], arguments: tuple) -> None:
-    global _procedure
-    _procedure = make(*arguments)
-
-
-def _call(*arguments: Any) -> tuple[float, Any]:
-    return timed(partial(_procedure, *arguments))()
+def _time(threads: int, *call: object) -> float:
+    procedure = _made(*call)
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    procedure()
+    return time.perf_counter() - start

@@ -1,165 +1,122 @@
-"""python -m benchmarks.networks: which networks of torchvision can be pruned, here and by Torch-Pruning.
+"""python -m benchmarks.networks: write the table of docs/networks.md, which networks are pruned right and by what."""
 
-Every network, with random weights, is cut to half of its FLOPs by the norms of its filters; the pruned one must
-compute what the dense one does with the dropped filters silenced, and pass a gradient to every parameter.
-Writes docs/networks.md.
-"""
-
-import importlib.metadata
-import math
-import warnings
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import legr
 from legr.files import write_text
 
 PAGE = Path("docs/networks.md")
-NETWORKS = (
+NETWORKS = [
     "alexnet", "vgg16", "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121",
     "googlenet", "inception_v3", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "mnasnet1_0",
     "shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "efficientnet_b0", "efficientnet_v2_s",
     "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny",
-)  # fmt: skip
-FRACTION = 0.5
+]  # fmt: skip
+FRACTION, TOLERANCE = 0.5, 1e-5  # of the dense FLOPs; of the largest output, for equality in float32
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """`refusal` is the sentence that says why not; empty where it worked."""
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """The network in eval mode with BatchNorm statistics that are not their defaults, and an input [2, 3, 96, 96]."""
+    import torchvision  # here, because it takes seconds that `python -m benchmarks` need not wait for
 
-    refusal: str = ""
-    layers: int = 0
-    filters: int = 0
-    flops_ratio: float = math.nan
-    difference: float = math.nan  # from the silenced dense network, relative to its largest output
-
-
-def build(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """The network in eval mode with BatchNorm statistics that are not their defaults, and an input for it."""
     torch.manual_seed(0)
     plain = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = torchvision.models.get_model(name, weights=None, num_classes=10, **plain).eval()
+    model = torchvision.models.get_model(name, weights=None, num_classes=10, **plain).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias, 0, 0.1)
-    for name, parameter in model.named_parameters():
-        if name.endswith("layer_scale"):  # 1e-6 in a fresh ConvNeXt: its blocks would not count
-            nn.init.uniform_(parameter, 0.5, 1)
+            for mean, deviation in ((module.running_mean, module.running_var), (module.bias, module.weight)):
+                nn.init.normal_(mean, 0, 0.1)
+                nn.init.uniform_(deviation, 0.5, 2)
+        elif hasattr(module, "layer_scale"):  # 1e-6 in a fresh ConvNeXt: its blocks would not count
+            nn.init.uniform_(module.layer_scale, 0.5, 1)
     return model, torch.randn(2, 3, 96, 96)
 
 
-def try_legr(name: str) -> Outcome:
-    model, x = build(name)
-    try:
-        graph = legr.trace(model, x[:1])
-        kept = legr.select(graph, legr.filter_norms(model, graph), FRACTION)
-    except legr.UserError as error:
-        return Outcome(str(error))
-    small = legr.prune(model, graph, kept)
-    small(x).sum().backward()
-    without = [n for n, p in small.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not without, f"{name}: no gradient for {without[0]}"
-    with torch.inference_mode():
-        difference = (small(x) - silenced(model, graph, kept)(x)).abs().max() / small(x).abs().max()
-    ratio = multiply_accumulates(small, x) / multiply_accumulates(model, x)
-    return Outcome("", len(graph.layers), sum(graph.widths), ratio, difference.item())
-
-
-def silenced(model: nn.Module, graph: legr.Graph, kept: list[torch.Tensor]) -> nn.Module:
-    """`model`, changed in place: of dropped filters there is no output, nor anything left after BatchNorm."""
-    units = graph.kept_units(kept)
-    with torch.no_grad():
-        for operation in graph.operations:
-            if operation.module is not None:
-                module = model.get_submodule(operation.module)
-                gone = torch.from_numpy(~graph.kept_channels(units, operation.outputs))
-                module.weight[gone] = 0
-                if module.bias is not None:
-                    module.bias[gone] = 0
-    return model
-
-
-def multiply_accumulates(model: nn.Module, x: torch.Tensor) -> int:
+def flops(model: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates of a forward pass, as PyTorch counts them."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(x)
     return counter.get_total_flops() // 2
 
 
-def try_torch_pruning(name: str) -> Outcome:
-    """By norm over all layers, a hundredth of the filters at a time, until half of the FLOPs are gone."""
+def verdict(small: nn.Module, name: str, kept: Mapping[str, Tensor]) -> str:
+    """Whether `small` equals the network `name` in which other output channels than `kept`, bool by module, are 0."""
+    dense, x = build(name)
+    if (ratio := flops(small, x) / flops(dense, x)) >= FRACTION:
+        return f"no: stays at {ratio:.0%} of the FLOPs"
+    small(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters()), "a gradient is missing"
+    with torch.no_grad():
+        for path, mask in kept.items():
+            for parameter in dense.get_submodule(path).parameters(recurse=False):
+                parameter[~mask] = 0
+        expected = dense(x)
+        difference = ((small(x) - expected).abs().max() / expected.abs().max()).item()
+    return "yes" if difference < TOLERANCE else f"no: differs from the masked dense network by {difference:.1g}"
+
+
+def try_legr(name: str) -> list[str]:
+    """Pruned by the norms of its filters: verdict, prunable layers, filters."""
+    model, x = build(name)
+    try:
+        graph = legr.trace(model, x[:1])
+        masks = legr.select(graph, legr.filter_norms(model, graph), FRACTION)
+    except legr.UserError as error:
+        return [f"no: {str(error).splitlines()[0]}", "", ""]
+    units = graph.kept_units(masks)
+    kept = {o.module: torch.from_numpy(graph.kept_channels(units, o.outputs)) for o in graph.operations if o.module}
+    return [verdict(legr.prune(model, graph, masks), name, kept), f"{len(graph.layers)}", f"{sum(graph.widths):,}"]
+
+
+def torch_pruned(model: nn.Module, x: Tensor, fraction: float, parts: int, steps: int = 0) -> tuple[nn.Module, int]:
+    """`model`, pruned in place by Torch-Pruning by the norms of its filters, and the number of steps that it took.
+
+    Each step prunes 1 / `parts` of all filters, until the FLOPs are below `fraction`; or `steps` times.
+    """
     import torch_pruning
 
+    pruner = torch_pruning.pruner.MagnitudePruner(
+        model, x, torch_pruning.importance.GroupMagnitudeImportance(p=2), global_pruning=True,
+        pruning_ratio=1.0, max_pruning_ratio=0.9, iterative_steps=parts,
+        ignored_layers=[m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1:],  # the classifier
+    )  # fmt: skip
+    limit = 0 if steps else fraction * flops(model, x)
+    while pruner.current_step < (steps or parts) and (steps or flops(model, x) >= limit):
+        pruner.step()
+    return model, pruner.current_step
+
+
+def try_torch_pruning(name: str) -> str:
+    """The verdict. Which channels stay is read off gradients, which Torch-Pruning prunes as it does weights."""
     model, x = build(name)
-    dense = multiply_accumulates(model, x)
-    last = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 10]
+    weights = {path: module.weight for path, module in model.named_modules() if hasattr(module, "weight")}
+    places = {path: torch.arange(len(weight)) for path, weight in weights.items()}
+    for path, weight in weights.items():
+        weight.grad = places[path].view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape).to(weight)
     try:
-        pruner = torch_pruning.pruner.MagnitudePruner(
-            model,
-            x[:1],
-            torch_pruning.importance.GroupMagnitudeImportance(p=2),
-            global_pruning=True,
-            pruning_ratio=1.0,
-            max_pruning_ratio=0.9,
-            iterative_steps=100,
-            ignored_layers=last,
-        )
-        while multiply_accumulates(model, x) >= FRACTION * dense and pruner.current_step < 100:
-            pruner.step()
-        model(x).sum().backward()
+        torch_pruned(model, x[:1], FRACTION, parts=10)
+        kept = {path: torch.isin(every, model.get_submodule(path).weight.grad) for path, every in places.items()}
+        model.zero_grad()
+        return verdict(model, name, kept)
     except Exception as error:
-        return Outcome(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error))
-    ratio = multiply_accumulates(model, x) / dense
-    return Outcome("" if ratio < FRACTION else f"stays at {ratio:.0%} of the FLOPs", flops_ratio=ratio)
+        return f"no: {type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
 
 
-def cells(outcome: Outcome) -> list[str]:
-    """Of the table, what LeGR's outcome fills."""
-    if outcome.refusal:
-        return [f"no: {outcome.refusal}", "", ""]
-    return ["yes", str(outcome.layers), f"{outcome.filters:,}"]
-
-
-def main() -> None:
-    version = importlib.metadata.version("torch-pruning")
-    lines = []
-    for name in NETWORKS:
-        ours, theirs = try_legr(name), try_torch_pruning(name)
-        row = [name, *cells(ours), f"no: {theirs.refusal}" if theirs.refusal else "yes"]
-        lines.append(f"| {' | '.join(row)} |")
-        print(lines[-1], f"{ours.flops_ratio:.4f} {ours.difference:.1e} {theirs.flops_ratio:.4f}", flush=True)
-    write_text(
-        PAGE,
-        f"""# Which networks can be pruned
-
-Any that torch.fx can trace and that is made of supported operations; what is not supported is refused by name. Below,
-one or two of each family of torchvision's convolutional classifiers
-(torchvision {torchvision.__version__.split("+")[0]}, random weights, 10 classes, 96×96 pixels),
-cut to {FRACTION:.0%} of the FLOPs by the norms of the filters. "Yes" means that the pruned network computes what the
-dense one does with the dropped filters silenced, that its FLOPs as PyTorch counts them are below the target, and that
-every parameter gets a gradient. Torch-Pruning {version} beside it, in the same run: "yes" means that it came below
-the target, and that forward and backward passes run.
-
-| network | LeGR | prunable layers | filters | Torch-Pruning |
-|---|---|---|---|---|
-{chr(10).join(lines)}
-
-Made by `python -m benchmarks.networks` (needs `pip install torch-pruning=={version}`); a test marked slow checks the
-columns of LeGR. Grouped convolutions that are not depthwise (ResNeXt, RegNet) stay whole, as do channels under layer
-normalization (ConvNeXt); what surrounds them is pruned.
-""",
-    )
+def write_table(page: Path, rows: Iterable[Iterable[str]]) -> None:
+    """Print the rows' cells and put them in place of those of the page's table; its header stays."""
+    head, line, rest = re.split(r"(\n\|-[-|]*\n)", page.read_text(encoding="utf-8"))
+    lines = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    print(lines)
+    write_text(page, head + line + lines + re.sub(r"\A(\|.*\n)*", "", rest))
 
 
 if __name__ == "__main__":
-    main()
+    version("torch-pruning")  # raises where it is not installed
+    write_table(PAGE, [[name, *try_legr(name), try_torch_pruning(name)] for name in NETWORKS])

@@ -41,6 +41,8 @@ def main() -> int:
     kind, _, method = arguments.stage.partition("/")
     root = Path.cwd()
     try:
+        if not (root / "params.yaml").is_file():
+            raise StageFailed(f"params.yaml was not found in {root}; run from the project's folder")
         if kind in NOTEBOOKS:
             run_notebook(root, arguments.stage, arguments.scale, arguments.experiment[0], method)
         elif kind == "data":
@@ -56,6 +58,8 @@ def main() -> int:
 
             report.build(root / "results" / arguments.scale, arguments.experiment)
         elif kind == "network":
+            if len(arguments.experiment) != 4:
+                parser.error("network needs an experiment, a method, a target and a trial")
             train_under_torchrun(arguments.scale, *arguments.experiment)
         else:
             parser.error(
@@ -95,8 +99,10 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str, method: st
             progress_bar=False,
             kernel_name="python3",
             stderr_file=sys.stderr,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except papermill.PapermillExecutionError as error:
+        print(file=sys.stderr)  # a progress bar may stand in the line
         if error.ename == "UserError":
             raise StageFailed(error.evalue) from None
         print("\n".join(error.traceback), file=sys.stderr)

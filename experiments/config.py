@@ -114,8 +114,8 @@ def read_settings(
         raise UserError(f"params.yaml can't be read: {' '.join(str(error).split())}") from None
     if scale not in params:
         raise UserError(f"scale is {scale!r}; it must be one of {', '.join(params)}")
-    if name not in params[scale]:
-        raise UserError(f"experiment is {name!r}; scale {scale} has {', '.join(params[scale])}")
+    if name not in (params[scale] or {}):
+        raise UserError(f"experiment is {name!r}; scale {scale} has {', '.join(params[scale] or ['none'])}")
     values = params[scale][name]
     for dotted, value in (overrides or {}).items():
         *path, last = dotted.split(".")
@@ -123,7 +123,11 @@ def read_settings(
             raise UserError(f"overrides has {dotted!r}; images are prepared by the data stage: change params.yaml")
         section = values
         for key in path:
-            section = section.setdefault(key, {})
+            section = section.setdefault(key, {}) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            raise UserError(
+                f"overrides has {dotted!r}; it must name settings of sections, such as 'finetune.recipe.lr'"
+            )
         section[last] = value
     try:
         settings = Settings.model_validate(values)
@@ -207,11 +211,14 @@ class Experiment:
     def model(self) -> nn.Module:
         """The dense network, on the CPU in eval mode."""
         path = self.path("dense/network.safetensors")
-        if not path.exists():
-            raise UserError(f"{path} does not exist; it holds the dense network (the dense stage makes it)")
-        with safe_open(path, "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (not a dict)
-        classes = next(shape[0] for shape in shapes if len(shape) == 2)  # the classifier's outputs
+        try:
+            with safe_open(path, "pt") as file:
+                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (not a dict)
+            classes = [shape[0] for shape in shapes if len(shape) == 2][0]  # noqa: RUF015 the classifier's outputs
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; it holds the dense network (the dense stage makes it)") from None
+        except Exception as error:
+            raise UserError(f"{path} is not the dense network's file ({error}); the dense stage makes it") from None
         return models.load_weights(models.build(self.settings.model, classes, 0), path).eval()
 
     @functools.cached_property

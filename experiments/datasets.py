@@ -127,7 +127,7 @@ def folder(settings: DataSettings, _: Path | None = None) -> Read:
     for split in splits:
         try:
             listing = ImageFolder(split)
-        except (FileNotFoundError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise UserError(
                 f"data folder {split} can't be used ({str(error).splitlines()[0]}); "
                 f"{root} must hold train/<class>/ and test/<class>/ (or val/<class>/)"

@@ -87,7 +87,7 @@ def _read_off(curve: pd.Series, flops: int) -> float | None:
 
 def draw(instrument: Instrument, cut: Cut, learned: Cut, title: str) -> bytes:
     """Bars of the widths per layer, with marks where the learned ranking's are, as a PNG."""
-    figure = Figure(figsize=(10, 3.1), dpi=80)
+    figure = Figure(figsize=(10, 3.1), dpi=80, layout="none")
     ax, widths = figure.add_axes((0.065, 0.2, 0.925, 0.65)), instrument.graph.widths
     layers = range(1, len(widths) + 1)
     ax.bar(layers, widths, color="#E3E3E3", width=0.9, label="dense")
