@@ -220,6 +220,7 @@ class _Labeller(fx.Interpreter):
 
     def __init__(self, network: fx.GraphModule):
         super().__init__(network, garbage_collect_values=False)
+        self.extra_traceback = False  # a refusal is one sentence
         self.parent = [FIXED]  # union-find: each label's parent
         self.operations: list[Operation] = []
         self.called: set[str] = set()
