@@ -247,12 +247,14 @@ def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, capt
             ax.errorbar(part[kind], part.percent, 100 * part.deviation.fillna(0), ls="none", ecolor=PAPER, zorder=0)
             _losses(ax, "x", part[kind])
             ax.set(xlabel=f"loss, {kind}", ylabel="")
-            ax.set_title(f"{target:.0%} FLOPs · Spearman ρ = {spearman[target, kind]:.2f}", fontsize=11)
+            ax.set_title(
+                f"{target:.0%} FLOPs · Spearman ρ = {spearman[target, kind]:.2f}".replace("-", "−"), fontsize=11
+            )
         row[0].set_ylabel(f"test accuracy (%), {steps} steps")
     shown = [s for s in markers if s in set(table.source)]
     marks = [plt.Line2D([], [], color=colors[s], marker=markers[s], ls="none") for s in shown]
     labels = [METHODS[s].label if s in METHODS else "random ranking" for s in shown]
-    figure.legend(marks, labels, loc="outside upper center", ncols=4)
+    figure.legend(marks, labels, loc="outside upper center", ncols=2 if len(kinds) < 3 else 4)
     return figure
 
 
