@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -212,7 +212,7 @@ def rankings_to_measure(exp: Experiment) -> list[tuple[str, legr.Ranking]]:
     found = [("norm", legr.Ranking.norm_only(len(exp.norms)))]
     for method in methods:
         history = pd.read_csv(exp.path(f"rankings/{method}/search-0.csv"))
-        maps = models.load_file(exp.path(f"rankings/{method}/candidates-0.safetensors"))
+        maps = load_file(exp.path(f"rankings/{method}/candidates-0.safetensors"))
         order = history.loss.argsort(kind="stable").to_numpy()
         for i in order[np.linspace(0, len(order) - 1, share).round().astype(int)]:
             found.append((method, legr.Ranking(tuple(maps["scale"][i].tolist()), tuple(maps["shift"][i].tolist()))))
