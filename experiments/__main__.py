@@ -1,8 +1,7 @@
 """python -m experiments STAGE SCALE EXPERIMENT: run one stage, as dvc.yaml does.
 
 STAGE is data, dense, rankings/METHOD, sets/METHOD, ablations, compare, explore, or report (which takes all
-experiments of a scale). `network METHOD TARGET TRIAL` after scale and experiment trains one network of a set, under
-torchrun on several GPUs; the stage then finds it.
+experiments of a scale).
 """
 
 import argparse
@@ -14,9 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-import nbformat
-
-from experiments.environment import KEEP_MEMORY
+from experiments import KEEP_MEMORY
 
 NOTEBOOKS = {
     "dense": "1_dense",
@@ -38,63 +35,53 @@ def main() -> int:
     parser.add_argument("scale")
     parser.add_argument("experiment", nargs="+")
     arguments = parser.parse_args()
-    kind, _, method = arguments.stage.partition("/")
-    root = Path.cwd()
+    stage, scale, name, root = arguments.stage, arguments.scale, arguments.experiment[0], Path.cwd()
+    # What a stage needs is imported for it alone: it takes seconds.
     try:
         if not (root / "params.yaml").is_file():
             raise StageFailed(f"params.yaml was not found in {root}; run from the project's folder")
-        if kind in NOTEBOOKS:
-            run_notebook(root, arguments.stage, arguments.scale, arguments.experiment[0], method)
-        elif kind == "data":
+        if stage.partition("/")[0] in NOTEBOOKS:
+            run_notebook(root, stage, scale, name)
+        elif stage == "data":
             from experiments import config, datasets
 
-            name = arguments.experiment[0]
-            settings, _ = config.read_settings(root, arguments.scale, name)
-            datasets.prepare(
-                settings.data, root / "data/downloads", root / f"data/{arguments.scale}/{name}.safetensors"
-            )
-        elif kind == "report":
+            settings, _ = config.read_settings(root, scale, name)
+            datasets.prepare(settings.data, root / "data/downloads", root / f"data/{scale}/{name}.pt")
+        elif stage == "report":
             from experiments import report
 
-            report.build(root / "results" / arguments.scale, arguments.experiment)
-        elif kind == "network":
-            if len(arguments.experiment) != 4:
-                parser.error("network needs an experiment, a method, a target and a trial")
-            train_under_torchrun(arguments.scale, *arguments.experiment)
+            report.build(root / "results" / scale, arguments.experiment)
         else:
-            parser.error(
-                f"stage is {arguments.stage!r}; it must be one of {', '.join(NOTEBOOKS)}, data, report, network"
-            )
+            parser.error(f"stage is {stage!r}; it must be one of {', '.join(NOTEBOOKS)}, data, report")
     except ValueError as error:
-        if type(error).__name__ not in ("StageFailed", "UserError"):  # legr is not imported here: it takes seconds
+        if type(error).__name__ not in ("StageFailed", "UserError"):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"{arguments.stage}: peak memory {peak * (1 if sys.platform == 'darwin' else 1024) / 2**20:,.0f} MiB")
+    print(f"{stage}: peak memory {peak * (1 if sys.platform == 'darwin' else 1024) / 2**20:,.0f} MiB")
     return 0
 
 
-def run_notebook(root: Path, stage: str, scale: str, experiment: str, method: str) -> None:
+def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
     """Run a stage's notebook by papermill; its folder is swapped in whole when the notebook has run to its end."""
+    import nbformat
     import papermill
 
-    name = NOTEBOOKS[stage.partition("/")[0]]
+    kind, _, method = stage.partition("/")
     state = root / ".state" / "results" / scale / experiment / stage
     part, final = state / "part", root / "results" / scale / experiment / stage
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    parameters = {"scale": scale, "experiment": experiment, "results": "results"} | (
-        {"method": method} if method else {}
-    )
+    parameters = {"scale": scale, "experiment": experiment, "results": "results"}
     os.environ |= KEEP_MEMORY | os.environ
     warnings.filterwarnings("ignore", module="papermill|nbclient|jupyter")
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         papermill.execute_notebook(
-            root / "notebooks" / f"{name}.ipynb",
+            root / "notebooks" / f"{NOTEBOOKS[kind]}.ipynb",
             part / "notebook.ipynb",
-            parameters,
+            parameters | ({"method": method} if method else {}),
             cwd=root / "notebooks",
             progress_bar=False,
             kernel_name="python3",
@@ -106,43 +93,22 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str, method: st
         if error.ename == "UserError":
             raise StageFailed(error.evalue) from None
         print("\n".join(error.traceback), file=sys.stderr)
-        raise StageFailed(f"notebook {name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from None
+        what = f"{error.ename}: {error.evalue}"
+        raise StageFailed(f"notebook {NOTEBOOKS[kind]} failed in cell {error.exec_count}: {what}") from None
+    # What differs from run to run and is no result goes: progress bars, times, kernel details.
     notebook = nbformat.read(part / "notebook.ipynb", as_version=4)
-    nbformat.write(cleaned(notebook), part / "notebook.ipynb")
+    notebook.metadata = {"kernelspec": notebook.metadata.kernelspec}
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    nbformat.write(notebook, part / "notebook.ipynb")
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
         final.rename(state / "before")
     part.rename(final)
     shutil.rmtree(state, ignore_errors=True)
-
-
-def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without what differs from run to run and is no result: progress bars, times, kernel details."""
-    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec",) if k in notebook.metadata}
-    for number, cell in enumerate(notebook.cells):
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
-        cell.id = f"cell-{number}"
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    return notebook
-
-
-def train_under_torchrun(scale: str, experiment: str, method: str, target: str, trial: str) -> None:
-    """torchrun --nproc-per-node 4 -m experiments network paper imagenet-mobilenetv2 legr 0.5 0"""
-    import torch
-
-    from experiments import work
-    from experiments.config import open_experiment
-
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        exp = open_experiment(scale, experiment, f"sets/{method}", "results")
-        work.train_network(exp, method, float(target), int(trial))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -119,16 +119,13 @@ def read_settings(
     values = params[scale][name]
     for dotted, value in (overrides or {}).items():
         *path, last = dotted.split(".")
-        if dotted.split(".")[0] == "data":
+        if dotted.startswith("data."):
             raise UserError(f"overrides has {dotted!r}; images are prepared by the data stage: change params.yaml")
-        section = values
-        for key in path:
-            section = section.setdefault(key, {}) if isinstance(section, dict) else None
-        if not isinstance(section, dict):
-            raise UserError(
-                f"overrides has {dotted!r}; it must name settings of sections, such as 'finetune.recipe.lr'"
-            )
-        section[last] = value
+        try:
+            functools.reduce(lambda section, key: section.setdefault(key, {}), path, values)[last] = value
+        except (AttributeError, TypeError):
+            what = "it must name settings of sections, such as 'finetune.recipe.lr'"
+            raise UserError(f"overrides has {dotted!r}; {what}") from None
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
@@ -187,7 +184,7 @@ class Experiment:
 
     @property
     def images(self) -> Path:
-        return self.root / "data" / self.scale / f"{self.name}.safetensors"
+        return self.root / "data" / self.scale / f"{self.name}.pt"
 
     @functools.cached_property
     def data(self) -> Dataset:

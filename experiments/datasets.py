@@ -1,23 +1,21 @@
 """The data sets: a row of `DATASETS` each. `prepare` reads the images once; `load` gives them to the notebooks."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, field_validator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from legr.data import Augmentation, Batches, Dataset, Images, hold_out, normalize
-from legr.files import UserError, atomic, tensors_digest
+from legr.files import UserError, load_state, save_state, tensors_digest
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -84,12 +82,9 @@ def cifar10(settings: DataSettings, downloads: Path) -> Read:
     else:
         if settings.resolution != 32:
             raise UserError(f"data.resolution is {settings.resolution}; cifar10 has images of 32 by 32")
-        parts = [_downloaded(lambda t=t: CIFAR10(downloads, t, download=True), settings) for t in (True, False)]
-        classes, order = parts[0].classes, [np.argsort(part.targets, kind="stable") for part in parts]
-        train, test = (
-            Images(torch.from_numpy(part.data[o]).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)[o])
-            for part, o in zip(parts, order, strict=True)
-        )
+        parts = [_downloaded(CIFAR10, settings, downloads, train=train) for train in (True, False)]
+        every = (Images(torch.tensor(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts)
+        classes, (train, test) = parts[0].classes, (images[images.labels.argsort(stable=True)] for images in every)
     if classes != CIFAR10_CLASSES or (len(train), len(test)) != (50_000, 10_000):
         raise UserError(
             f"data folder {_folder_of(settings)} has {len(train):,} training and {len(test):,} test images of "
@@ -104,7 +99,7 @@ def imagenette(settings: DataSettings, downloads: Path) -> Read:
 
     if not _folder_of(settings):
         for split in ("train", "val"):
-            _downloaded(lambda s=split: Imagenette(downloads, s, "160px", download=True), settings)
+            _downloaded(Imagenette, settings, downloads, split=split, size="160px")
         settings = settings.model_copy(update={"folder": str(downloads / "imagenette2-160")})
     return folder(settings, downloads)
 
@@ -133,7 +128,8 @@ def folder(settings: DataSettings, _: Path | None = None) -> Read:
                 f"{root} must hold train/<class>/ and test/<class>/ (or val/<class>/)"
             ) from None
         names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in listing.samples])
-        files = Files(split.absolute(), names, torch.tensor(listing.targets), settings.resolution)
+        names = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))
+        files = Files(str(split.absolute()), names, torch.tensor(listing.targets), settings.resolution)
         parts.append((listing.classes, files if settings.stream else files.load()))
     if parts[0][0] != parts[1][0]:
         odd = sorted(set(parts[0][0]) ^ set(parts[1][0]))
@@ -145,9 +141,10 @@ def _folder_of(settings: DataSettings) -> str | None:
     return settings.folder or os.environ.get(f"LEGR_{settings.name.upper()}")
 
 
-def _downloaded(make: Callable, settings: DataSettings):
+def _downloaded(dataset: Callable, settings: DataSettings, downloads: Path, **options: Any) -> Any:
+    """One of torchvision's data sets."""
     try:
-        return make()
+        return dataset(downloads, download=True, **options)
     except Exception as error:
         raise UserError(
             f"{settings.name} could not be downloaded ({error}); set data.folder in params.yaml or "
@@ -168,12 +165,12 @@ DATASETS = {
 class Files(torch.utils.data.Dataset):
     """`Images` on disk, decoded by worker processes in every epoch: memory does not grow with the data set.
 
-    `names` are paths below `root`, encoded, as one array [N] that workers share. `transform` makes of an image one
-    of side×side; None takes the largest square in its middle.
+    `names` are paths below `root`, encoded and filled up with zeros: uint8 [N, longest], which workers share.
+    `transform` makes of an image one of side×side; None takes the largest square in its middle.
     """
 
-    root: Path
-    names: np.ndarray
+    root: str
+    names: Tensor
     labels: Tensor
     side: int
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -186,12 +183,11 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, index: Tensor | slice | int):
         """A part of the set; of a whole number, as DataLoader asks, one decoded image with its label."""
         if isinstance(index, int):
-            image = _read_image(self.root / os.fsdecode(self.names[index]))
+            image = _read_image(Path(self.root, os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0"))))
             fit = ImageOps.fit(image, (self.side,) * 2, Image.Resampling.BILINEAR)
             image = fit if self.transform is None else self.transform(image)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.labels[index]
-        where = index if isinstance(index, slice) else index.cpu().numpy()
-        return replace(self, names=self.names[where], labels=self.labels[index])
+        return replace(self, names=self.names[index], labels=self.labels[index])
 
     def to(self, device: str | torch.device) -> "Files":
         return replace(self, device=torch.device(device))
@@ -202,8 +198,7 @@ class Files(torch.utils.data.Dataset):
         return Images(pixels, self.labels, self.augmentation).to(self.device)
 
     def digest(self) -> str:
-        names = torch.from_numpy(np.frombuffer(b"\n".join(self.names.tolist()), np.uint8).copy())
-        return tensors_digest({"names": names, "labels": self.labels, "side": torch.tensor(self.side)})
+        return tensors_digest({"names": self.names, "labels": self.labels, "side": torch.tensor(self.side)})
 
     def batches(self, size: int) -> Batches:
         for pixels, labels in self._decoded(size):
@@ -237,44 +232,28 @@ def _read_image(path: Path) -> Image.Image:
 
 
 def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
-    """Read the images and write them as one safetensors file; of images that are streamed, their names.
+    """Read the images and write them as one file; of images that are streamed, their names.
 
     A folder named in `settings` comes first, then the environment variable LEGR_<NAME>, then torchvision's download.
     """
     classes, train, test = DATASETS[settings.name].read(settings, downloads)
-    tensors, places = {"holdout": hold_out(train.labels, settings.holdout, settings.seed)}, {}
+    state = {"settings": settings.model_dump(), "classes": classes}
+    state["holdout"] = hold_out(train.labels, settings.holdout, settings.seed)
     for split, images in {"train": train, "test": test}.items():
-        tensors[f"{split}.labels"] = images.labels
-        if isinstance(images, Files):
-            names = b"\n".join(images.names.tolist())
-            tensors[f"{split}.names"] = torch.from_numpy(np.frombuffer(names, np.uint8).copy())
-            places[split] = str(images.root)
-        else:
-            tensors[f"{split}.pixels"] = images.pixels.contiguous()
-    about = {"classes": classes, "settings": settings.model_dump(), "places": places}
-    with atomic(path) as temporary:
-        # One entry: safetensors writes several in random order, and the same images must give the same file.
-        save_file(tensors, temporary, {"about": json.dumps(about)})
+        kept = ("root", "names", "labels", "side") if isinstance(images, Files) else ("pixels", "labels")
+        state[split] = {name: getattr(images, name) for name in kept}
+    save_state(path, state)
 
 
 def load(path: Path, settings: DataSettings) -> Dataset:
     """The images that `prepare` wrote for these settings."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise UserError(f"images {path} do not exist; run the data stage (dvc repro) first") from None
-    except Exception as error:
-        raise UserError(f"images {path} are not whole ({error}); delete the file and run the data stage") from None
-    if about["settings"] != json.loads(settings.model_dump_json()):
+    state = load_state(path)
+    if state is None:
+        raise UserError(f"images {path} do not exist; run the data stage (dvc repro) first")
+    if state["settings"] != settings.model_dump():
         raise UserError(f"images {path} were prepared with other settings; run the data stage (dvc repro) again")
-    parts = []
-    for split in ("train", "test"):
-        labels = tensors[f"{split}.labels"]
-        if place := about["places"].get(split):
-            names = np.array(tensors[f"{split}.names"].numpy().tobytes().split(b"\n"))
-            parts.append(Files(Path(place), names, labels, settings.resolution, settings.augmentation))
-        else:
-            parts.append(Images(tensors[f"{split}.pixels"], labels, settings.augmentation))
-    return Dataset(settings.name, about["classes"], parts[0], tensors["holdout"], parts[1])
+    train, test = (
+        (Files if "root" in part else Images)(**part, augmentation=settings.augmentation)
+        for part in (state["train"], state["test"])
+    )
+    return Dataset(settings.name, state["classes"], train, state["holdout"], test)

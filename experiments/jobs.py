@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,36 +17,33 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from experiments import KEEP_MEMORY
 from experiments.config import Experiment, open_experiment
-from experiments.environment import KEEP_MEMORY
 from legr.files import UserError
 
 ATTEMPTS = 3  # a job whose worker dies is tried again
 
 
 class Jobs:
-    """Submits jobs of one experiment; made by `open_jobs`."""
+    """Submits jobs of one experiment; made by `open_jobs`. `client`: of the cluster; None: jobs are done here."""
 
     def __init__(self, exp: Experiment, client: Any = None):
         self.exp, self.client = exp, client
 
     def submit(self, function: Callable, *arguments: Any) -> Future:
         """`function(experiment, *arguments)`, on its way to a worker or, here, done when this returns."""
+        exp = self.exp
         if self.client is None:
             done: Future = Future()
-            done.set_result(function(self.exp, *arguments))
+            done.set_result(function(exp, *arguments))
             return done
-        exp = self.exp
         address = (str(exp.root), exp.scale, exp.name, exp.stage, exp.results, json.dumps(exp.overrides))
         return self.client.submit(_work, function, address, arguments, pure=False, retries=ATTEMPTS - 1)
 
     def run(self, function: Callable, each: Iterable[tuple], what: str) -> list[Any]:
         """Results of `function(experiment, *arguments)` for all of `each`, in order."""
-        each = list(each)
-        if self.client is None:
-            return [function(self.exp, *arguments) for arguments in each]
         futures = [self.submit(function, *arguments) for arguments in each]
-        return [future.result() for future in tqdm(futures, desc=what)]
+        return [future.result() for future in tqdm(futures, desc=what, disable=self.client is None)]
 
 
 @contextmanager
@@ -59,30 +56,27 @@ def open_jobs(exp: Experiment) -> Iterator[Jobs]:
     import dask
     from distributed import Client, LocalCluster
 
-    environment = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_MEMORY.items()}
-    with dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS, **environment}):
+    settings = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_MEMORY.items()}
+    with ExitStack() as opened:
+        opened.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS} | settings))
         try:
-            cluster = LocalCluster(workers, threads_per_worker=1) if isinstance(workers, int) else None
-            client = Client(cluster or workers, timeout=20)
+            if isinstance(workers, int):
+                workers = opened.enter_context(LocalCluster(workers, threads_per_worker=1))
+            client = opened.enter_context(Client(workers, timeout=20))
         except (OSError, ValueError) as error:
             raise UserError(f"workers is {workers!r}; no Dask scheduler answers there ({error})") from None
-        try:
-            print(f"{exp.stage}: dashboard at {client.dashboard_link}", file=sys.stderr)
-            yield Jobs(exp, client)
-        finally:
-            client.close()
-            if cluster is not None:
-                cluster.close()
+        print(f"{exp.stage}: dashboard at {client.dashboard_link}", file=sys.stderr)
+        yield Jobs(exp, client)
 
 
 @lru_cache(maxsize=2)
-def _reopen(root: str, scale: str, name: str, stage: str, results: str, overrides: str) -> Experiment:
+def _reopened(root: str, scale: str, name: str, stage: str, results: str, overrides: str) -> Experiment:
     return open_experiment(scale, name, stage, results, json.loads(overrides), Path(root))
 
 
 def _work(function: Callable, address: tuple[str, ...], arguments: tuple) -> Any:
     """On a worker."""
-    exp = _reopen(*address)
+    exp = _reopened(*address)
     if exp.compute.device == "cpu":
         torch.set_num_threads(1)
     return function(exp, *arguments)

@@ -12,16 +12,14 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.numpy import load_file, save_file
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 import legr
 from experiments import pretrained
 from experiments.config import Experiment
 from experiments.jobs import Jobs, progress
 from legr import models, training
-from legr.data import Batches, Images
-from legr.files import UserError, atomic, read_json, tensors_digest, write_json, write_text
+from legr.files import atomic, read_json, tensors_digest, write_json, write_text
 from legr.fitness import Fitness, FitnessSettings, Masks
 
 
@@ -119,9 +117,7 @@ def train_network(exp: Experiment, method: str, target: float, trial: int) -> di
     values["accuracy_before"] = training.evaluate(small, test, compute)["accuracy"]
     values["accuracy_recalibrated"] = recalibrated_accuracy(exp, kept, test)
     log = progress(f"{method} {target:.0%}, trial {trial}", settings.recipe.epochs, "train_loss", "train_accuracy")
-    replica, share = shared(small, train, settings.recipe.batch_size)
-    state = exp.state / f"rank{distributed.get_rank()}" if distributed.is_initialized() else exp.state
-    training.train(replica, share, settings.recipe, compute, seed=trial, state_folder=state, log=log)
+    training.train(small, train, settings.recipe, compute, seed=trial, state_folder=exp.state, log=log)
     small.load_state_dict(models.halved(small.state_dict()))  # as in its file
     result, files = training.evaluate(small, test, compute), []
     values |= {"accuracy": result["accuracy"], "test_loss": result["loss"], "epochs": settings.recipe.epochs}
@@ -130,40 +126,6 @@ def train_network(exp: Experiment, method: str, target: float, trial: int) -> di
         files = [f"{name}.safetensors"]
         models.save_weights(small, exp.state / files[0])
     return exp.record(name, key, files, values)
-
-
-def shared(model: nn.Module, images: Images, batch_size: int) -> tuple[nn.Module, Images]:
-    """Under torchrun: a view of `model` that averages gradients, and this process's share of every batch.
-
-    BatchNorm sees the whole batch on GPUs, and its process's share on CPUs.
-    """
-    if not distributed.is_initialized():
-        return model, images
-    if batch_size % distributed.get_world_size():
-        world = distributed.get_world_size()
-        raise UserError(f"batch_size is {batch_size}; it must be a multiple of {world}, the number of processes")
-    model.to(memory_format=torch.channels_last)  # gradients are averaged in the layout that DDP finds
-    if next(model.parameters()).is_cuda:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model), _Share(images)
-
-
-class _Share:
-    """Images of which each of torchrun's processes gets every world-th of a batch."""
-
-    def __init__(self, images: Images):
-        self.images = images
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.images, name)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def augmented_batches(self, *args: Any) -> Batches:
-        rank, world = distributed.get_rank(), distributed.get_world_size()
-        for inputs, labels in self.images.augmented_batches(*args):
-            yield inputs[rank::world], labels[rank::world]
 
 
 def recalibrated_accuracy(exp: Experiment, kept: list[Tensor], test) -> float:

@@ -85,4 +85,4 @@ def load_state(path: str | Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True) if Path(path).exists() else None
     except Exception as error:
-        raise UserError(f"checkpoint {path} is corrupt ({type(error).__name__}); delete it to start again") from None
+        raise UserError(f"file {path} is corrupt ({type(error).__name__}); delete it to have it made anew") from None

@@ -136,7 +136,7 @@ def test_images_prepared_with_other_settings_are_refused(tree, tmp_path, change)
     with pytest.raises(legr.UserError, match="were prepared with other settings; run the data stage"):
         load(tmp_path / "out", DataSettings.model_validate(given.model_dump() | change))
     (tmp_path / "out").write_bytes((tmp_path / "out").read_bytes()[:3000])
-    with pytest.raises(legr.UserError, match="out are not whole .*delete the file"):
+    with pytest.raises(legr.UserError, match="file .*out is corrupt .*delete it"):
         load(tmp_path / "out", given)
     (tmp_path / "out").unlink()
     with pytest.raises(legr.UserError, match="out do not exist; run the data stage"):

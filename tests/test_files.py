@@ -77,7 +77,7 @@ def test_a_state_comes_back_and_never_runs_code(tmp_path):
     torch.save({"x": Evil()}, tmp_path / "evil")
     for content in (whole[:100], b"", (tmp_path / "evil").read_bytes()):
         (tmp_path / "s").write_bytes(content)
-        with pytest.raises(UserError, match="checkpoint .*s is corrupt .*; delete it"):
+        with pytest.raises(UserError, match="file .*s is corrupt .*; delete it"):
             load_state(tmp_path / "s")
     assert not (tmp_path / "ran").exists()
 

@@ -120,7 +120,6 @@ def test_in_settings_and_images(project, monkeypatch, capsys, spoil, message):
         ("data demo", 2, "the following arguments are required: experiment"),
         ("date demo cifar10-resnet56", 2, "stage is 'date'; it must be one of dense, rankings"),
         ("report demo cifar10-resnet56", 1, "has no executed notebooks; run the pipeline"),
-        ("network demo cifar10-resnet56", 2, "network"),
     ],
 )
 def test_on_the_command_line(project, monkeypatch, capsys, arguments, code, message):

@@ -81,7 +81,7 @@ def test_what_goes_wrong_is_one_sentence(digits, compute, tmp_path):
     train(fresh(), part, recipe, compute, seed=0, state_folder=tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(legr.UserError, match="checkpoint .* is corrupt"):
+    with pytest.raises(legr.UserError, match="file .* is corrupt"):
         train(fresh(), part, recipe, compute, seed=0, state_folder=tmp_path)
     with pytest.raises(legr.UserError, match=r"device is 'abacus'; this machine can't use it \(auto, cpu, or cuda"):
         Compute(device="abacus").resolve()

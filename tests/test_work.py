@@ -1,8 +1,5 @@
 """The work of the stages: every result carries a key and is made once; published weights give the recorded accuracy."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -133,24 +130,6 @@ def test_the_papers_networks_stand_beside_its_own_experiments_only():
     assert found[58.9] == 93.7 and found[87.8] == 94.1
     for scale, name in (("demo", NAME), ("laptop", PHOTOS)):
         assert work.papers_networks(open_experiment(scale, name, "compare", root=PROJECT)) is None
-
-
-@pytest.mark.slow
-def test_two_processes_under_torchrun_train_a_network_that_the_stage_finds(tmp_path, trained):
-    project = plant(tmp_path)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "experiments", "network"]
-    command = [sys.executable, *launch, "demo", NAME, "norm", "0.5", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    exp = open_experiment("demo", NAME, "sets/norm", "results", root=project)
-    record = work.train_network(exp, "norm", 0.5, 0)
-    assert not trained and record["epochs"] == 1
-    small = models.load_weights(
-        legr.prune(exp.model, exp.graph, exp.select("norm", 0.5)), exp.out / "0.5-0.safetensors"
-    )
-    found = legr.training.evaluate(small, exp.data.test, exp.compute)
-    assert found["accuracy"] == pytest.approx(record["accuracy"], abs=1e-6)
 
 
 @pytest.mark.parametrize("weights", ["w.safetensors", "torchvision"])
