@@ -1,10 +1,10 @@
 """Algorithm 1: what it draws, that it can be interrupted, and that it may evaluate elsewhere."""
 
-import json
 import multiprocessing
 import random
 import signal
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,14 +19,13 @@ from legr.search import Evolution, SearchSettings, learn_ranking
 SHORT = SearchSettings(population=6, evaluations=15, sample=3)
 
 
-def told(evolution, until=None):
-    """Drive a search, with as many in flight as it may, by a cheap loss: how far log α is from a fixed direction."""
-    while not evolution.done and len(evolution.history) != until:
-        while (
-            len(evolution.pending) < evolution.settings.in_flight and evolution.asked < evolution.settings.evaluations
-        ):
-            evolution.ask()
-        candidate = evolution.pending[0]
+def told(evolution):
+    """All candidates of a search with a cheap loss: how far log α is from a fixed direction."""
+    waiting = deque()
+    while not evolution.done:
+        while len(waiting) < evolution.settings.in_flight and evolution.asked < evolution.settings.evaluations:
+            waiting.append(evolution.ask())
+        candidate = waiting.popleft()
         evolution.tell(candidate, float(np.abs(np.log(candidate.scale) - 0.5).sum()), 0.0)
     return evolution.candidates
 
@@ -69,19 +68,15 @@ def test_a_loss_that_is_no_number_is_the_worst(norms):
     for loss in (float("nan"), 3.0, float("inf")):
         evolution.tell(evolution.ask(), loss, 0.0)
     assert evolution.best == evolution.candidates[1]
-    json.dumps(evolution.state(), allow_nan=False)  # as another program would read it
+    assert np.isfinite([row["loss"] for row in evolution.history]).all()
 
 
-@pytest.mark.parametrize("in_flight", [1, 2, 5])
-@pytest.mark.parametrize("stop", [1, 5, 6, 7, 14])
-def test_a_restored_search_goes_on_as_if_undisturbed(norms, in_flight, stop):
+@pytest.mark.parametrize("in_flight", [1, 2, 6])
+def test_told_the_same_losses_a_search_asks_for_the_same_candidates(norms, in_flight):
     settings = SHORT.model_copy(update={"in_flight": in_flight})
-    whole, first, second = (Evolution(norms, settings) for _ in range(3))
-    told(first, until=stop)
-    second.restore(json.loads(json.dumps(first.state())))
-    assert second.asked == min(stop + in_flight - 1, 15)
-    assert told(second) == told(whole)
-    assert len(set(whole.candidates)) == 15
+    first, second = (told(Evolution(norms, settings)) for _ in range(2))
+    assert first == second
+    assert len(set(first)) == 15
 
 
 def test_a_search_goes_on_from_a_ranking(norms):
@@ -96,7 +91,7 @@ def test_a_search_goes_on_from_a_ranking(norms):
 
 def learned(small, digits, compute, folder=None, log=None, flops=0.6, submit=None, floor=0.1, fitness=None, **search):
     """A search with networks: its ranking, its candidates and what it measured."""
-    settings = SearchSettings(**{"population": 3, "evaluations": 6, "sample": 2} | search)
+    settings = SearchSettings(**{"population": 4, "evaluations": 7, "sample": 2} | search)
     fitness = FitnessSettings(**{"validation_images": 64} | (fitness or {}))
     options = {"compute": compute, "floor": floor, "state_folder": folder, "submit": submit, "log": log}
     result = learn_ranking(*small, digits, flops, search=settings, fitness=fitness, **options)
@@ -106,25 +101,34 @@ def learned(small, digits, compute, folder=None, log=None, flops=0.6, submit=Non
 @pytest.mark.parametrize(
     ("fitness", "in_flight"), [({}, 1), ({"recalibration_images": 32}, 3), ({"steps": 2, "batch_size": 16}, 1)]
 )
-def test_an_interrupted_search_ends_with_the_same_ranking(small, digits, compute, tmp_path, fitness, in_flight):
+def test_an_interrupted_search_ends_with_the_same_ranking(
+    small, digits, compute, tmp_path, monkeypatch, fitness, in_flight
+):
+    judge, judged = Fitness.__call__, []
+    monkeypatch.setattr(Fitness, "__call__", lambda self, networks: judged.append(0) or judge(self, networks))
+
     def stop(row):
         if row["evaluation"] == 4:
             raise KeyboardInterrupt
 
-    options, seen = {"fitness": fitness, "in_flight": in_flight}, []
+    def judgements(folder=tmp_path, log=None, floor=0.1):
+        """How many networks were judged, and the search's result."""
+        judged.clear()
+        result = learned(small, digits, compute, folder, log, fitness=fitness, in_flight=in_flight, floor=floor)
+        return len(judged), result
+
+    whole, expected = judgements(None)
     with pytest.raises(KeyboardInterrupt):
-        learned(small, digits, compute, tmp_path, stop, **options)
-    resumed = learned(small, digits, compute, tmp_path, seen.append, **options)
-    assert [row["evaluation"] for row in seen] == [5, 6]
-    assert resumed == learned(small, digits, compute, **options)
-    learned(small, digits, compute, tmp_path, seen.append, **options)
-    assert len(seen) == 2  # what is done is not done again
-    learned(small, digits, compute, tmp_path, seen.append, **options, floor=0.2)
-    assert len(seen) == 8  # what depends on something else is
-    for path, spoilt in zip(tmp_path.iterdir(), ('{"generator": {}, "history": []', "{}"), strict=True):
-        path.write_text(spoilt)
-    with pytest.raises(legr.UserError, match="search state .* is corrupt; delete it"):
-        learned(small, digits, compute, tmp_path, **options)
+        judgements(log=stop)
+    first = len(judged)
+    assert judgements() == (whole - first, expected)
+    assert judgements() == (0, expected)  # what is done is not done again
+    assert judgements(floor=0.2)[0] > 0  # what depends on something else is
+    for spoilt in (b"", b'{"a": {"loss": 1.0', b'{"a": {"loss": 1.0}}', b"[1]", b"\xff"):
+        for path in tmp_path.iterdir():
+            path.write_bytes(spoilt)
+        with pytest.raises(legr.UserError, match="search state .* is corrupt; delete it"):
+            judgements()
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_ranking(small, digits, compute, tmp_path):
@@ -135,30 +139,28 @@ def test_killed_at_random_moments_it_ends_with_the_same_ranking(small, digits, c
         ranking.save(folder / "ranking.json")
 
     def run(folder, last=30, seconds=0.0):
-        """The first evaluation that it did; killed some time after its `last`."""
+        """Killed some time after its `last` evaluation."""
         mine, theirs = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("fork").Process(target=learn, args=(folder, theirs))
         process.start()
         theirs.close()
-        first = evaluation = mine.recv()
-        while evaluation < last:
-            evaluation = mine.recv()
+        while mine.recv() < last:
+            pass
         if last < 30:
             time.sleep(seconds)
             process.kill()
         process.join(60)
         assert process.exitcode == (-signal.SIGKILL if last < 30 else 0)
-        return first
 
     seed = random.SystemRandom().randrange(1 << 30)
     print(f"moments drawn with seed {seed}")
     moments, threads = random.Random(seed), torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     try:
-        assert run(tmp_path / "whole") == 1
-        assert run(tmp_path / "killed", last=4, seconds=moments.uniform(0, 0.015)) == 1
-        assert run(tmp_path / "killed", last=12, seconds=moments.uniform(0, 0.015)) >= 5
-        assert run(tmp_path / "killed") >= 13
+        run(tmp_path / "whole")
+        for last in (4, 12):
+            run(tmp_path / "killed", last, moments.uniform(0, 0.015))
+        run(tmp_path / "killed")
     finally:
         torch.set_num_threads(threads)
     whole, killed = ((tmp_path / folder / "ranking.json").read_bytes() for folder in ("whole", "killed"))
