@@ -1,6 +1,7 @@
 """Eq. 1 and LeGR-Pruning (Fig. 2), and the two baselines: norm-only and uniform."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -104,8 +105,7 @@ def select(
     Raises:
         UserError: if the floors make the target unreachable; says the lowest reachable fraction.
     """
-    order = np.argsort(_sum_over_units(graph, scores, "scores"), kind="stable")
-    return _drop_until(graph, order, flops, target, cost, floor, keep)
+    return _drop_until(graph, _sum_over_units(graph, scores, "scores"), flops, target, cost, floor, keep)
 
 
 def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = None, **budget: Any) -> list[Tensor]:
@@ -118,16 +118,16 @@ def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = 
     for kind in np.unique(graph.kind):
         units = np.flatnonzero(graph.kind == kind)
         fraction[units[np.argsort(norm[units], kind="stable")]] = (np.arange(len(units)) + 0.5) / len(units)
-    return _drop_until(graph, np.argsort(fraction, kind="stable"), flops, **budget)
+    return _drop_until(graph, fraction, flops, **budget)
 
 
 def _sum_over_units(graph: Graph, values: Sequence[Tensor], name: str) -> np.ndarray:
     """The sum over each unit's filters, float64 [units]."""
     check_per_layer(graph, values, name)
-    total = np.zeros(graph.unit_count)
+    total = np.zeros(graph.unit_count + 1)  # the last one: of filters that must stay
     for units, value in zip(graph.units, values, strict=True):
-        free = units >= 0
-        np.add.at(total, units[free], value.detach().cpu().double().numpy()[free])
+        np.add.at(total, units, value.detach().cpu().double().numpy())
+    total = total[:-1]
     if not np.isfinite(total).all():
         raise UserError(f"{name} have a value that is not a finite number")
     return total
@@ -140,14 +140,14 @@ def check_fraction(name: str, value: float) -> None:
 
 def _drop_until(
     graph: Graph,
-    order: np.ndarray,
+    score: np.ndarray,
     flops: float | None,
     target: float | None = None,
     cost: Callable[[list[Tensor]], float] | None = None,
     floor: float = FLOOR,
     keep: Collection[str] = (),
 ) -> list[Tensor]:
-    """Drop units in `order`, as far as the floors allow, until the cost first falls below the target."""
+    """Drop units from the lowest score up, as far as the floors allow, until the cost first falls below the target."""
     if (flops is None) == (target is None) or (target is None) != (cost is None):
         raise UserError("select takes either flops, or target and cost together")
     name, fraction = ("flops", flops) if cost is None else ("target", target)
@@ -157,33 +157,23 @@ def _drop_until(
     if unknown := set(keep) - {layer.name for layer in graph.layers}:
         raise UserError(f"keep names {min(unknown)!r}; it must name prunable layers, such as {graph.layers[0].name!r}")
 
-    dropped = _droppable(graph, order, floor, keep)
+    dropped = _droppable(graph, np.argsort(score, kind="stable"), floor, keep)
+    cost = cost or graph.flops
 
-    def kept_after(count: int) -> np.ndarray:
+    def kept_after(count: int) -> list[Tensor]:
         kept = np.ones(graph.unit_count, bool)
         kept[dropped[:count]] = False
-        return kept
-
-    def cost_after(count: int) -> float:
-        kept = kept_after(count)
-        return graph.flops_of_units(kept) if cost is None else cost(graph.masks(kept))
+        return graph.masks(kept)
 
     if fraction == 1:
-        return graph.masks(kept_after(0))
-    dense = cost_after(0)
-    limit = fraction * dense
-    if (lowest := cost_after(len(dropped))) >= limit:
+        return kept_after(0)
+    dense, lowest = cost(kept_after(0)), cost(kept_after(len(dropped)))
+    if lowest >= fraction * dense:
         lowest = min(math.ceil(1000 * lowest / dense + 1e-9) / 1000, 1.0)
         raise UserError(f"{name} is {fraction}; the lowest reachable fraction of this network is {lowest}")
     # The cost only falls as units go, so the first count below the target is found by bisection.
-    low, high = 0, len(dropped)
-    while low < high:
-        middle = (low + high) // 2
-        if cost_after(middle) < limit:
-            high = middle
-        else:
-            low = middle + 1
-    return graph.masks(kept_after(low))
+    count = bisect_left(range(len(dropped)), True, key=lambda count: cost(kept_after(count)) < fraction * dense)
+    return kept_after(count)
 
 
 def _droppable(graph: Graph, order: np.ndarray, floor: float, keep: Collection[str]) -> np.ndarray:
