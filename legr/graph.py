@@ -72,7 +72,6 @@ class Graph:
     units: list[np.ndarray]  # per layer int64 [width]: the unit of each filter, -1 if it must stay
     other_params: int  # parameters of modules that are not among the operations
     members: list[dict[int, int]] = field(init=False)  # per unit: how many filters of which layer (by its index)
-    kind: np.ndarray = field(init=False)  # int64 [units]: equal for units with equal members
 
     def __post_init__(self):
         self._units = np.concatenate([*self.units, [-1]])  # of all filters, and of one more that stays
@@ -80,8 +79,6 @@ class Graph:
         for layer, units in enumerate(self.units):
             for unit in units[units >= 0].tolist():
                 self.members[unit][layer] += 1
-        kinds: dict[tuple, int] = {}
-        self.kind = np.array([kinds.setdefault(tuple(m.items()), len(kinds)) for m in self.members], np.int64)
         # For counting: the units of all operations' input and output channels, one after the other.
         sides = [side for o in self.operations for side in (o.inputs, o.outputs)]
         self._sides, self._starts = np.concatenate(sides), [0, *accumulate(map(len, sides[:-1]))]
@@ -148,6 +145,8 @@ class Graph:
 
 def check_per_layer(graph: Graph, values: Sequence[Tensor], name: str) -> None:
     """Raise UserError unless `values` has one tensor [width] for each layer of `graph`."""
+    if not graph.layers:
+        raise UserError("this network has no layers that can be pruned")
     if len(values) != len(graph.layers):
         raise UserError(f"{name} has {len(values)} layers; this network has {len(graph.layers)} prunable layers")
     for layer, value in zip(graph.layers, values, strict=True):

@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from legr.files import UserError, read_json, write_json
@@ -105,53 +107,12 @@ def select(
     Raises:
         UserError: if the floors make the target unreachable; says the lowest reachable fraction.
     """
-    return _drop_until(graph, _sum_over_units(graph, scores, "scores"), flops, target, cost, floor, keep)
-
-
-def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = None, **budget: Any) -> list[Tensor]:
-    """The uniform baseline: every layer loses the same fraction, its smallest-norm units first.
-
-    `norms` are those of `filter_norms`; other arguments, result and errors are those of `select`.
-    """
-    norm = _sum_over_units(graph, norms, "norms")
-    fraction = np.empty(graph.unit_count)  # a unit's rank among those of its kind: by it all layers thin alike
-    for kind in np.unique(graph.kind):
-        units = np.flatnonzero(graph.kind == kind)
-        fraction[units[np.argsort(norm[units], kind="stable")]] = (np.arange(len(units)) + 0.5) / len(units)
-    return _drop_until(graph, fraction, flops, **budget)
-
-
-def _sum_over_units(graph: Graph, values: Sequence[Tensor], name: str) -> np.ndarray:
-    """The sum over each unit's filters, float64 [units]."""
-    check_per_layer(graph, values, name)
-    total = np.zeros(graph.unit_count + 1)  # the last one: of filters that must stay
-    for units, value in zip(graph.units, values, strict=True):
-        np.add.at(total, units, value.detach().cpu().double().numpy())
-    total = total[:-1]
-    if not np.isfinite(total).all():
-        raise UserError(f"{name} have a value that is not a finite number")
-    return total
-
-
-def check_fraction(name: str, value: float) -> None:
-    if not (isinstance(value, Real) and 0 < value <= 1):
-        raise UserError(f"{name} is {value}; it must be a fraction of the dense network's, above 0 and at most 1")
-
-
-def _drop_until(
-    graph: Graph,
-    score: np.ndarray,
-    flops: float | None,
-    target: float | None = None,
-    cost: Callable[[list[Tensor]], float] | None = None,
-    floor: float = FLOOR,
-    keep: Collection[str] = (),
-) -> list[Tensor]:
-    """Drop units from the lowest score up, as far as the floors allow, until the cost first falls below the target."""
+    score = _sum_over_units(graph, scores, "scores")
+    name, fraction = ("flops", flops) if cost is None else ("target", target)
     if (flops is None) == (target is None) or (target is None) != (cost is None):
         raise UserError("select takes either flops, or target and cost together")
-    name, fraction = ("flops", flops) if cost is None else ("target", target)
-    check_fraction(name, fraction)
+    if not (isinstance(fraction, Real) and 0 < fraction <= 1):
+        raise UserError(f"{name} is {fraction}; it must be a fraction of the dense network's, above 0 and at most 1")
     if not 0 <= floor < 1:
         raise UserError(f"floor is {floor}; it must be at least 0 and below 1")
     if unknown := set(keep) - {layer.name for layer in graph.layers}:
@@ -174,6 +135,34 @@ def _drop_until(
     # The cost only falls as units go, so the first count below the target is found by bisection.
     count = bisect_left(range(len(dropped)), True, key=lambda count: cost(kept_after(count)) < fraction * dense)
     return kept_after(count)
+
+
+def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = None, **budget: Any) -> list[Tensor]:
+    """The uniform baseline: every layer loses the same fraction, its smallest-norm units first.
+
+    `norms` are those of `filter_norms`; other arguments, result and errors are those of `select`.
+    """
+    norm, alike = _sum_over_units(graph, norms, "norms"), defaultdict(list)
+    for unit, members in enumerate(graph.members):
+        alike[tuple(members.items())].append(unit)
+    share = np.empty(graph.unit_count)  # a unit's rank among those in the same layers: by it all layers thin alike
+    for units in map(np.array, alike.values()):
+        share[units[np.argsort(norm[units], kind="stable")]] = (np.arange(len(units)) + 0.5) / len(units)
+    # As scores of filters: that of a unit's first filter is the unit's share, those of others are 0.
+    filters = np.concatenate(graph.units)
+    units, first = np.unique(filters, return_index=True)
+    scores = np.zeros(len(filters))
+    scores[first[units >= 0]] = share
+    return select(graph, torch.from_numpy(scores).split(graph.widths), flops, **budget)
+
+
+def _sum_over_units(graph: Graph, values: Sequence[Tensor], name: str) -> np.ndarray:
+    """The sum over each unit's filters, float64 [units]."""
+    check_per_layer(graph, values, name)
+    summed = torch.cat([value.detach().cpu().double() for value in values]).numpy()
+    if not np.isfinite(summed).all():
+        raise UserError(f"{name} have a value that is not a finite number")
+    return np.bincount(np.concatenate(graph.units) + 1, summed)[1:]  # the first one: of filters that must stay
 
 
 def _droppable(graph: Graph, order: np.ndarray, floor: float, keep: Collection[str]) -> np.ndarray:

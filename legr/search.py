@@ -13,21 +13,19 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from legr.data import Dataset
-from legr.files import UserError, digest, tensors_digest, write_json
+from legr.files import Settings, UserError, digest, tensors_digest, write_json
 from legr.fitness import Fitness, FitnessSettings, Masks
 from legr.graph import Graph
 from legr.ranking import FLOOR, Ranking
 from legr.training import Compute, Log
 
 
-class SearchSettings(BaseModel):
+class SearchSettings(Settings):
     """Algorithm 1's constants; the defaults are the paper's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     population: PositiveInt = 64  # P
     evaluations: PositiveInt = 400  # E, the initial population included

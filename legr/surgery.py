@@ -1,7 +1,6 @@
 """Pruning: a new, smaller network out of a dense one, which is left alone."""
 
 import copy
-from collections import OrderedDict
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -50,35 +49,22 @@ def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
 
 def _thin(module: nn.Module, into: np.ndarray, out: np.ndarray) -> nn.Module:
     """A copy of a convolution, BatchNorm or linear layer with only the channels that stay."""
-    device = next(iter(module.state_dict().values())).device if module.state_dict() else None
-    rows = torch.from_numpy(np.flatnonzero(out)).to(device)
-    columns = torch.from_numpy(np.flatnonzero(into)).to(device)
-    thin = copy.copy(module)  # the settings; tensors and hooks are replaced below
-    thin._parameters, thin._buffers = dict(module._parameters), dict(module._buffers)
-    thin._forward_hooks, thin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    tensors = {name: t for name, t in module.state_dict(keep_vars=True).items() if t.dim() > 0}
+    thin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors.values()})  # shares what is cut below
+    for name, tensor in tensors.items():
+        cut = tensor.detach()
+        for dim, stays in enumerate((out, into)[: cut.dim()]):
+            cut = cut.index_select(dim, torch.from_numpy(np.flatnonzero(stays)).to(cut.device))
+        setattr(thin, name, nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut)
     if isinstance(module, nn.Conv2d):
-        thin.out_channels = len(rows)
-        if module.groups == 1:
-            thin.in_channels = len(columns)
-        elif module.groups == module.in_channels == module.out_channels:
-            thin.in_channels = thin.groups = len(rows)
+        thin.out_channels = int(out.sum())
+        if module.groups == module.in_channels == module.out_channels:  # depthwise
+            thin.groups = thin.out_channels
+        thin.in_channels = thin.groups * int(into.sum())
     elif isinstance(module, nn.Linear):
-        thin.in_features, thin.out_features = len(columns), len(rows)
+        thin.in_features, thin.out_features = int(into.sum()), int(out.sum())
     else:
-        thin.num_features = len(rows)
-    matrix = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-    for name, tensor in (module._parameters | module._buffers).items():
-        if tensor is None:
-            continue
-        value = tensor.detach()
-        if value.dim() > 0:
-            value = value.index_select(0, rows)
-        if matrix and name == "weight":
-            value = value.index_select(1, columns)
-        if name in module._parameters:
-            thin._parameters[name] = nn.Parameter(value.clone(), tensor.requires_grad)
-        else:
-            thin._buffers[name] = value.clone()
+        thin.num_features = int(out.sum())
     return thin
 
 

@@ -101,7 +101,7 @@ def test_evaluation_is_the_mean_over_the_images_whatever_the_number_of_threads(d
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(evaluate(model, digits.holdout, compute, batch_size=60))
+            found.append(evaluate(model, digits.holdout, compute))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -114,10 +114,10 @@ def test_evaluation_is_the_mean_over_the_images_whatever_the_number_of_threads(d
 
 
 def test_recalibrated_statistics_are_the_average_over_the_batches(digits, compute):
-    model, plain, part = fresh().eval(), fresh().train(), digits.fit[:130]
-    recalibrate(model, part, compute, batch_size=50)
+    model, plain, part = fresh().eval(), fresh().train(), digits.fit[:510]
+    recalibrate(model, part, compute)
     norms, seen = [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)], []
-    for inputs, _ in part.batches(50):
+    for inputs, _ in part.batches(250):
         for norm in norms:
             norm.momentum = 1.0  # of this batch alone
         plain(inputs)
