@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from legr.files import UserError
 
 FIXED = 0  # the label of channels that must stay
-Labels = np.ndarray  # int64 [channels]
+Labels = Tensor  # int64 [channels]
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Operation:
     module: str | None  # the module's path; None for a function
     inputs: np.ndarray  # int64 [channels]: each one's unit, -1 if it must stay; while tracing, its label
     outputs: np.ndarray
-    flops_per_pair: int = 0  # multiply-accumulates for one input channel and one output channel
-    params_per_pair: int = 0
-    params_per_output: int = 0
+    flops_per_pair: int  # multiply-accumulates for one input channel and one output channel
+    params_per_pair: int
+    params_per_output: int
 
 
 @dataclass
@@ -127,10 +127,8 @@ class Graph:
         mask[self._units[~stays]] = False
         mask[-1] = True
         if (split := mask[self._units] != stays).any():
-            layer = self.layers[np.searchsorted(np.cumsum(self.widths), split.argmax(), side="right")]
-            raise UserError(
-                f"kept keeps only a part of some coupled filters in layer {layer.name}; keep all of them or none"
-            )
+            name = self.layers[np.searchsorted(np.cumsum(self.widths), split.argmax(), side="right")].name
+            raise UserError(f"kept keeps only a part of some coupled filters in layer {name}; keep all of them or none")
         return mask[:-1]
 
     def masks(self, kept_units: np.ndarray) -> list[Tensor]:
@@ -175,10 +173,8 @@ def trace(model: nn.Module, example_input: Tensor) -> Graph:
             device = next(quiet.parameters()).device
             ShapeProp(fx.GraphModule(quiet, traced)).propagate(example_input.to(device))
     except RuntimeError as error:
-        shape = list(example_input.shape)
-        raise UserError(
-            f"example_input of shape {shape} does not fit the network: {str(error).splitlines()[0]}"
-        ) from None
+        given = f"example_input of shape {list(example_input.shape)}"
+        raise UserError(f"{given} does not fit the network: {str(error).splitlines()[0]}") from None
     return _Labeller(fx.GraphModule(quiet, traced)).labelled()
 
 
@@ -266,16 +262,16 @@ class _Labeller(fx.Interpreter):
         rows = _without_repetition(x.movedim(axis, -1))[0].reshape(-1, x.shape[axis])
         if x.dim() < 2 or (rows != rows[0]).any():
             raise self.refused("it is applied to feature maps with their channels in another dimension")
-        return rows[0].numpy()
+        return rows[0]
 
     def map_of(self, labels: Labels) -> Tensor:
         """A feature map [N, C, …] of the current node's shape with these channels."""
         shape = self.shape()
-        return torch.from_numpy(labels).view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+        return labels.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
 
     def new(self, count: int) -> Labels:
         self.labels += count
-        return np.arange(self.labels - count, self.labels)
+        return torch.arange(self.labels - count, self.labels)
 
     def join(self, left: Tensor, right: Tensor) -> None:
         """Channels at the same place are dropped together or not at all."""
@@ -285,17 +281,23 @@ class _Labeller(fx.Interpreter):
     def fix(self, x: Tensor) -> None:
         self.join(x, torch.tensor(FIXED).expand(x.shape))
 
-    def operation(self, inputs: Labels, outputs: Labels, *counts: int) -> None:
+    def operation(self, inputs: Labels, outputs: Labels) -> None:
+        """Note that surgery changes the current node, whose module every output position is computed by."""
         module = str(self.node.target) if self.node.op == "call_module" else None
-        self.operations.append(Operation(self.node.name, module, inputs, outputs, *counts))
+        parameters = list(self.layer.parameters()) if module else []
+        kernel = sum(p[0, 0].numel() for p in parameters if p.dim() > 1)
+        vectors = sum(p.dim() == 1 for p in parameters)
+        flops = kernel * (prod(self.shape()[1:]) // len(outputs))
+        self.operations.append(
+            Operation(self.node.name, module, inputs.numpy(), outputs.numpy(), flops, kernel, vectors)
+        )
 
     def refused(self, why: str) -> UserError:
-        stack = self.node.meta.get("nn_module_stack") or {}
-        owner = next(reversed(stack), "") if stack else ""
         what = getattr(self.node.target, "__name__", str(self.node.target))
+        owner = next(reversed(self.node.meta.get("nn_module_stack") or {}), "(the network itself)")
         if self.node.op == "call_module":
             what, owner = type(self.layer).__name__, str(self.node.target)
-        return UserError(f"operation {what} in module {owner or '(the network itself)'} can't be pruned: {why}")
+        return UserError(f"operation {what} in module {owner} can't be pruned: {why}")
 
 
 def _without_repetition(*tensors: Tensor) -> list[Tensor]:
@@ -312,16 +314,15 @@ Rule = Callable[..., Any]
 
 def _convolution(net: _Labeller, x: Tensor) -> Tensor:
     conv, inputs, outputs = net.layer, net.channels(x), net.new(net.layer.out_channels)
-    kernel, positions = prod(conv.kernel_size), prod(net.shape()[2:])
     if conv.groups == 1:
         read = inputs
     elif conv.groups == conv.in_channels == conv.out_channels:  # depthwise: input and output channel are one unit
-        net.join(torch.from_numpy(inputs), torch.from_numpy(outputs))
-        read = np.array([FIXED])  # each filter reads one channel, whatever is kept
+        net.join(inputs, outputs)
+        read = torch.tensor([FIXED])  # each filter reads one channel, whatever is kept
     else:  # other grouped convolutions stay whole
-        net.fix(torch.from_numpy(np.concatenate([inputs, outputs])))
-        read = np.full(conv.in_channels // conv.groups, FIXED)
-    net.operation(read, outputs, kernel * positions, kernel, int(conv.bias is not None))
+        net.fix(torch.cat([inputs, outputs]))
+        read = torch.full((conv.in_channels // conv.groups,), FIXED)
+    net.operation(read, outputs)
     return net.map_of(outputs)
 
 
@@ -330,14 +331,14 @@ def _linear(net: _Labeller, x: Tensor) -> Tensor:
     count, inputs, shape = net.layer.out_features, net.channels(x, axis=-1), net.shape()
     if len(shape) not in (2, 4):
         raise net.refused("a linear layer must follow a flatten")
-    outputs = net.new(count) if len(shape) == 4 else np.full(count, FIXED)
-    net.operation(inputs, outputs, prod(shape[1:-1]), 1, int(net.layer.bias is not None))
-    return torch.from_numpy(outputs).expand(shape)
+    outputs = net.new(count) if len(shape) == 4 else torch.full((count,), FIXED)
+    net.operation(inputs, outputs)
+    return outputs.expand(shape)
 
 
 def _batch_norm(net: _Labeller, x: Tensor) -> Tensor:
     labels = net.channels(x)
-    net.operation(labels, labels, 0, 0, 2 * int(net.layer.affine))
+    net.operation(labels, labels)
     return x
 
 
@@ -378,7 +379,7 @@ def _pad(net: _Labeller, x: Tensor, pad: Sequence[int], mode: str = "constant", 
     inputs = net.channels(x)
     if front or back:
         # A zero channel lives as long as what it is later joined with.
-        inputs = np.concatenate([net.new(front), inputs, net.new(back)])
+        inputs = torch.cat([net.new(front), inputs, net.new(back)])
         net.operation(inputs[front : len(inputs) - back], inputs)
     return net.map_of(inputs)
 

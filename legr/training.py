@@ -237,10 +237,10 @@ def train(
 @contextmanager
 def _strided_depthwise_in_float32(model: nn.Module, compute: Compute) -> Iterator[None]:
     """While it lasts: PyTorch's backward pass of these convolutions is slow on CPUs in bfloat16, not in float32."""
-    convs = (
-        [m for m in model.modules() if isinstance(m, nn.Conv2d)] if compute.identity() == ["cpu", "bfloat16"] else []
-    )
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     slow = [conv for conv in convs if conv.groups == conv.in_channels > 1 < max(conv.stride)]
+    if compute.identity() != ["cpu", "bfloat16"]:
+        slow = []
     for conv in slow:
         conv.forward = torch.amp.custom_fwd(conv.forward, device_type="cpu", cast_inputs=torch.float32)
     try:
