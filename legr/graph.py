@@ -17,9 +17,7 @@ With n of the first two units kept and m of the last two, 3×3 kernels on P pixe
 FLOPs = 9·P·(3·n + n·m + m·n) + n·K.
 """
 
-import builtins
 import copy
-import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +31,6 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn import functional as F
 
 from legr.files import UserError
 
@@ -230,17 +227,15 @@ class _Labeller(fx.Interpreter):
 
     def rule(self) -> "Rule":
         """Modules are known by their type, functions and methods by their name."""
-        name, known = self.node.target, True
+        name, home = self.node.target, "torch"
         if self.node.op == "call_module":
             calls = [node.target for node in self.module.graph.nodes].count(name)
             if calls > 1 and next(self.layer.parameters(), None) is not None:
                 raise self.refused("the module is used twice, so its weights can't be pruned")
             name = type(self.layer)
         elif self.node.op == "call_function":
-            name = getattr(name, "__name__", "")
-            homes = (torch, F, operator, builtins)
-            known = name in TORCHVISIONS or any(getattr(home, name, None) is self.node.target for home in homes)
-        if name not in RULES or not known:
+            name, home = name.__name__, str(name.__module__).partition(".")[0]
+        if name not in RULES or home not in ("torch", "torchvision", "_operator", "builtins"):
             raise self.refused("the operation is not supported")
         return RULES[name]
 
@@ -409,7 +404,6 @@ def _attribute(net: _Labeller, x: Tensor, name: str) -> Any:
     return x.shape
 
 
-TORCHVISIONS = {"stochastic_depth"}  # functions of torchvision.ops, which torch.fx does not look into
 POINTWISE = [
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Hardswish,
     nn.Hardsigmoid, nn.Dropout, nn.Dropout2d, nn.Identity,

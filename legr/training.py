@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
 
 from legr.data import Images
@@ -56,9 +57,9 @@ class Recipe(Settings):
         """The side to which images are shrunk in `epoch`; None: as they are."""
         return next((side for until, side in self.resolutions if epoch < until * self.epochs), None)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.SGD:
+    def optimizer(self, model: nn.Module) -> SGD:
         nesterov = self.nesterov and self.momentum > 0
-        return torch.optim.SGD(model.parameters(), self.lr, self.momentum, 0, self.weight_decay, nesterov)
+        return SGD(model.parameters(), self.lr, self.momentum, 0, self.weight_decay, nesterov)
 
 
 class Compute(Settings):
@@ -139,12 +140,7 @@ def take_steps(model: nn.Module, images: Images, recipe: Recipe, steps: int, com
 
 
 def _descend(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    rate: Callable[[int], float],
-    compute: Compute,
-    seed: int,
+    model: nn.Module, optimizer: SGD, batches: Iterable, rate: Callable[[int], float], compute: Compute, seed: int
 ) -> Tensor:
     """A gradient step for each batch, at the learning rate of its number; the mean loss and accuracy [2] over images.
 
@@ -221,9 +217,8 @@ def train(
         if not math.isfinite(train_loss):
             what = f"the loss became {train_loss} in epoch {epoch + 1}"
             raise UserError(f"lr is {recipe.lr}; {what}, so it must be smaller")
-        lr = optimizer.param_groups[0]["lr"]
-        row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "train_accuracy": train_accuracy}
-        row["seconds"] = time.perf_counter() - start
+        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+        row |= {"train_loss": train_loss, "train_accuracy": train_accuracy, "seconds": time.perf_counter() - start}
         if validation is not None:
             row |= {f"val_{name}": value for name, value in evaluate(model, validation, compute).items()}
         rows.append(row)
