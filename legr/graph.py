@@ -229,9 +229,6 @@ class _Labeller(fx.Interpreter):
         """Modules are known by their type, functions and methods by their name."""
         name, home = self.node.target, "torch"
         if self.node.op == "call_module":
-            calls = [node.target for node in self.module.graph.nodes].count(name)
-            if calls > 1 and next(self.layer.parameters(), None) is not None:
-                raise self.refused("the module is used twice, so its weights can't be pruned")
             name = type(self.layer)
         elif self.node.op == "call_function":
             name, home = name.__name__, str(name.__module__).partition(".")[0]
@@ -279,6 +276,8 @@ class _Labeller(fx.Interpreter):
     def operation(self, inputs: Labels, outputs: Labels) -> None:
         """Note that surgery changes the current node, whose module every output position is computed by."""
         module = str(self.node.target) if self.node.op == "call_module" else None
+        if module and any(o.module == module for o in self.operations):
+            raise self.refused("the module is used twice, so its weights can't be pruned")
         parameters = list(self.layer.parameters()) if module else []
         kernel = sum(p[0, 0].numel() for p in parameters if p.dim() > 1)
         vectors = sum(p.dim() == 1 for p in parameters)

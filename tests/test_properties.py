@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import legr
-from legr.models import ZeroPadShortcut
+from legr.models import BasicBlock
 from legr.ranking import FLOOR, MIN_WIDTH
 from tests.conftest import random_kept, settle, silenced
 from tests.test_graph import counted
@@ -57,7 +57,7 @@ KINDS = {
     "inverted": lambda n, w, s: added(conv(n, w, 1, bias=False), nn.BatchNorm2d(w), conv(w, w, groups=w), conv(w, n)),
     "grouped": lambda n, w, s: chain(conv(n, 4, 1), conv(4, 4 * w, stride=s, groups=2)),  # stays whole
     "concat": lambda n, w, s: Joined(lambda *x: torch.cat(x, 1), conv(n, w, stride=s), conv(n, 3, 1, s)),
-    "zeropad": lambda n, w, s: Joined(torch.add, chain(conv(n, w, 3, s), conv(w, n + w)), ZeroPadShortcut(w, s)),
+    "zeropad": lambda n, w, s: BasicBlock(n, n + w, s),
     "pool": lambda n, w, s: nn.MaxPool2d(3, 1, 1),
     "gate": lambda n, w, s: Joined(  # squeeze and excitation
         torch.mul, nn.Identity(), chain(nn.AdaptiveAvgPool2d(1), conv(n, w, 1), conv(w, n, 1), nn.Sigmoid())
