@@ -52,7 +52,7 @@ class Operation:
 
     node: str  # the node's name in the traced graph
     module: str | None  # the module's path; None for a function
-    inputs: np.ndarray  # int64 [channels]: each one's unit, -1 if it must stay; while tracing, its label
+    inputs: np.ndarray  # int64 [channels]: the unit of each, -1 if it must stay (while tracing, its label)
     outputs: np.ndarray
     flops_per_pair: int  # multiply-accumulates for one input channel and one output channel
     params_per_pair: int
@@ -274,17 +274,15 @@ class _Labeller(fx.Interpreter):
         self.join(x, torch.tensor(FIXED).expand(x.shape))
 
     def operation(self, inputs: Labels, outputs: Labels) -> None:
-        """Note that surgery changes the current node, whose module every output position is computed by."""
+        """Note what surgery must know of the current node. Multiply-accumulates follow from the weights' shape."""
         module = str(self.node.target) if self.node.op == "call_module" else None
         if module and any(o.module == module for o in self.operations):
             raise self.refused("the module is used twice, so its weights can't be pruned")
         parameters = list(self.layer.parameters()) if module else []
         kernel = sum(p[0, 0].numel() for p in parameters if p.dim() > 1)
-        vectors = sum(p.dim() == 1 for p in parameters)
-        flops = kernel * (prod(self.shape()[1:]) // len(outputs))
-        self.operations.append(
-            Operation(self.node.name, module, inputs.numpy(), outputs.numpy(), flops, kernel, vectors)
-        )
+        positions = prod(self.shape()[1:]) // len(outputs)
+        counts = (kernel * positions, kernel, sum(p.dim() == 1 for p in parameters))
+        self.operations.append(Operation(self.node.name, module, inputs.numpy(), outputs.numpy(), *counts))
 
     def refused(self, why: str) -> UserError:
         what = getattr(self.node.target, "__name__", str(self.node.target))
