@@ -166,7 +166,7 @@ def learn_ranking(
 
     evolution = Evolution(judge.norms, search, start)
     waiting: deque[tuple[Ranking, str]] = deque()  # asked for and not told yet
-    running: dict[str, Callable[[], dict[str, float]]] = {}
+    running: dict[str, Callable[[], dict[str, float]]] = {}  # networks not judged yet: gives their fitness
     told: set[str] = set()
     while not evolution.done:
         began = time.perf_counter()
@@ -182,6 +182,7 @@ def learn_ranking(
             judged[key] = running.pop(key)() | {"seconds": time.perf_counter() - began}
             if path is not None:
                 write_json(path, judged)
+        # A network that came before in this search costs its choice only; a replayed one, what it once cost.
         seconds = time.perf_counter() - began if key in told else judged[key]["seconds"]
         evolution.tell(candidate, judged[key]["loss"], judged[key]["accuracy"], seconds)
         told.add(key)
