@@ -5,24 +5,22 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from legr.files import UserError, digest, tensors_digest
+from legr.files import Settings, UserError, digest, tensors_digest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Batches = Iterator[tuple[Tensor, Tensor]]  # inputs float32 [B, 3, H, W], labels int64 [B]
 
 
-class Augmentation(BaseModel):
+class Augmentation(Settings):
     """How training images may be changed without becoming something else.
 
     `crop`: "pad" takes crops after zero padding by an eighth of the side (4 of 32 pixels, as is usual for
     CIFAR-10); "resized" takes a part of at least `min_area` of the image and resizes it, as is usual for ImageNet.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     flip: bool = True  # mirror half of the images; False for digits
     crop: Literal["pad", "resized"] = "pad"

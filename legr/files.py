@@ -1,4 +1,4 @@
-"""Files and mistakes: whole files or none, names for what a result depends on, and the one exception for users."""
+"""Files and mistakes: whole files or none, names for what a result depends on, settings, and the users' exception."""
 
 import hashlib
 import io
@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 
 
 class UserError(ValueError):
     """A mistake in what a user hands in: one sentence with the parameter or file, its value and what is allowed."""
+
+
+class Settings(BaseModel):
+    """Values that a user sets: checked, not changed afterwards, and refused where the name is unknown."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @contextmanager

@@ -6,26 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from legr.data import Dataset
+from legr.files import Settings
 from legr.graph import Graph
-from legr.ranking import FLOOR, Ranking, check_fraction, filter_norms, select
+from legr.ranking import FLOOR, Ranking, filter_norms, select
 from legr.surgery import prune
 from legr.training import Compute, Recipe, evaluate, recalibrate, take_steps
 
 Masks = list[Tensor]  # one bool tensor [width] per layer
 
 
-class FitnessSettings(BaseModel):
+class FitnessSettings(Settings):
     """What a pruned network goes through before its loss is measured.
 
     The paper: no recalibration; τ̂ = 0 steps on CIFAR-10, 200 on CIFAR-100 and ImageNet.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: NonNegativeInt = 0  # τ̂: of SGD with momentum 0.9 and weight decay 5e-4, on training images
     lr: PositiveFloat = 0.01  # of these steps, constant
@@ -52,8 +51,6 @@ class Fitness:
     seed: int = 0
 
     def __post_init__(self):
-        for target in self.targets:
-            check_fraction("flops", target)
         self.targets = sorted(self.targets, reverse=True)
         self.norms = filter_norms(self.model, self.graph)
         self.model = copy.deepcopy(self.model).to(self.compute.device, memory_format=torch.channels_last).eval()

@@ -17,25 +17,25 @@ With n of the first two units kept and m of the last two, 3×3 kernels on P pixe
 FLOPs = 9·P·(3·n + n·m + m·n) + n·K.
 """
 
-import builtins
 import copy
-import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn import functional as F
 
 from legr.files import UserError
 
 FIXED = 0  # the label of channels that must stay
-Labels = np.ndarray  # int64 [channels]
+Labels = Tensor  # int64 [channels]
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Operation:
-    """A node of the traced network that surgery changes, with the labels of its input and output channels."""
+    """A node of the traced network that surgery changes, with the units of its input and output channels."""
 
     node: str  # the node's name in the traced graph
     module: str | None  # the module's path; None for a function
-    inputs: Labels
-    outputs: Labels
-    flops_per_pair: int = 0  # multiply-accumulates for one input channel and one output channel
-    params_per_pair: int = 0
-    params_per_output: int = 0
+    inputs: np.ndarray  # int64 [channels]: the unit of each, -1 if it must stay (while tracing, its label)
+    outputs: np.ndarray
+    flops_per_pair: int  # multiply-accumulates for one input channel and one output channel
+    params_per_pair: int
+    params_per_output: int
 
 
 @dataclass
@@ -66,46 +66,29 @@ class Graph:
     layers: list[Layer]
     operations: list[Operation]
     traced: fx.Graph
-    modules: frozenset[str]  # paths of all modules that the traced network calls
-    filters: list[Labels]  # per layer [width]: the label of each filter
-    all_params: int  # parameters that the traced network uses
-    units: list[np.ndarray] = field(init=False)  # per layer [width]: unit of each filter, -1 if it must stay
-    unit_count: int = field(init=False)
+    units: list[np.ndarray]  # per layer int64 [width]: the unit of each filter, -1 if it must stay
+    other_params: int  # parameters of modules that are not among the operations
     members: list[dict[int, int]] = field(init=False)  # per unit: how many filters of which layer (by its index)
-    kind: np.ndarray = field(init=False)  # [units]: equal for units with equal members
 
     def __post_init__(self):
-        # Units are numbered by their first filter, which settles equal scores.
-        labels = np.concatenate([np.empty(0, np.int64), *self.filters])
-        free, first = np.unique(labels[labels != FIXED], return_index=True)
-        self._unit_of_label = dict(zip(free[np.argsort(first)].tolist(), range(len(free)), strict=True))
-        self.unit_count = len(free)
-        self.units = [self._units_of(labels) for labels in self.filters]
-        self.members = [Counter() for _ in range(self.unit_count)]
+        self._units = np.concatenate([*self.units, [-1]])  # of all filters, and of one more that stays
+        self.members = [Counter() for _ in range(self._units.max() + 1)]
         for layer, units in enumerate(self.units):
             for unit in units[units >= 0].tolist():
                 self.members[unit][layer] += 1
-        kinds: dict[tuple, int] = {}
-        self.kind = np.array([kinds.setdefault(tuple(m.items()), len(kinds)) for m in self.members], np.int64)
         # For counting: the units of all operations' input and output channels, one after the other.
-        counted = [o for o in self.operations if o.module is not None]
-        sides = [self._units_of(labels) for o in counted for labels in (o.inputs, o.outputs)]
-        self._sides, self._starts = np.concatenate(sides), np.cumsum([0, *map(len, sides[:-1])])
-        per = [(o.flops_per_pair, o.params_per_pair, o.params_per_output) for o in counted]
+        sides = [side for o in self.operations for side in (o.inputs, o.outputs)]
+        self._sides, self._starts = np.concatenate(sides), [0, *accumulate(map(len, sides[:-1]))]
+        per = [(o.flops_per_pair, o.params_per_pair, o.params_per_output) for o in self.operations]
         self._flops_per_pair, self._params_per_pair, self._params_per_output = np.array(per, np.int64).T
 
-    def _units_of(self, labels: Labels) -> np.ndarray:
-        return np.array([self._unit_of_label.get(x, -1) for x in labels.tolist()], np.int64)
+    @property
+    def unit_count(self) -> int:
+        return len(self.members)
 
-    def _channels(self, kept_units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Input and output channels of every counted operation, int [operations]."""
-        counts = np.add.reduceat(_stays(kept_units, self._sides).astype(np.int64), self._starts)
-        return counts[0::2], counts[1::2]
-
-    def flops_of_units(self, kept_units: np.ndarray) -> int:
-        """As `flops`, for a mask over units: bool [units]."""
-        inputs, outputs = self._channels(kept_units)
-        return int((self._flops_per_pair * inputs * outputs).sum())
+    @property
+    def widths(self) -> list[int]:
+        return [layer.width for layer in self.layers]
 
     def flops(self, kept: Sequence[Tensor] | None = None) -> int:
         """Multiply-accumulates of one image's forward pass: convolutions and linear layers.
@@ -113,16 +96,19 @@ class Graph:
         Args:
             kept: one bool tensor [width] per layer; None: the dense network.
         """
-        return self.flops_of_units(self.kept_units(kept))
+        inputs, outputs = self._channels(kept)
+        return int(self._flops_per_pair @ (inputs * outputs))
 
     def params(self, kept: Sequence[Tensor] | None = None) -> int:
         """Parameters of the network, all that are used. Arguments are those of `flops`."""
+        inputs, outputs = self._channels(kept)
+        return self.other_params + int(self._params_per_pair @ (inputs * outputs) + self._params_per_output @ outputs)
 
-        def counted(kept_units: np.ndarray) -> int:
-            inputs, outputs = self._channels(kept_units)
-            return int((self._params_per_pair * inputs * outputs + self._params_per_output * outputs).sum())
-
-        return self.all_params - counted(self.kept_units(None)) + counted(self.kept_units(kept))
+    def _channels(self, kept: Sequence[Tensor] | None) -> tuple[np.ndarray, np.ndarray]:
+        """How many input and output channels of every operation stay, int64 [operations]."""
+        stay = self.kept_channels(self.kept_units(kept), self._sides)
+        counts = np.add.reduceat(stay, self._starts, dtype=np.int64)
+        return counts[0::2], counts[1::2]
 
     def kept_units(self, kept: Sequence[Tensor] | None) -> np.ndarray:
         """Per-layer masks as one mask over units, bool [units].
@@ -130,39 +116,32 @@ class Graph:
         Raises:
             UserError: the masks are not of this network, or split a unit.
         """
-        mask = np.ones(self.unit_count, bool)
+        mask = np.ones(self.unit_count + 1, bool)  # the last one for filters that must stay
         if kept is None:
-            return mask
+            return mask[:-1]
         check_per_layer(self, kept, "kept")
-        for units, keep in zip(self.units, kept, strict=True):
-            mask[units[units >= 0]] &= keep.cpu().numpy()[units >= 0]
-        for layer, expected, keep in zip(self.layers, self.masks(mask), kept, strict=True):
-            if not torch.equal(expected, keep.cpu()):
-                raise UserError(
-                    f"kept keeps only a part of some coupled filters in layer {layer.name}; keep all of them or none"
-                )
-        return mask
+        stays = torch.cat([*map(Tensor.cpu, kept), torch.tensor([True])]).numpy()
+        mask[self._units[~stays]] = False
+        mask[-1] = True
+        if (split := mask[self._units] != stays).any():
+            name = self.layers[np.searchsorted(np.cumsum(self.widths), split.argmax(), side="right")].name
+            raise UserError(f"kept keeps only a part of some coupled filters in layer {name}; keep all of them or none")
+        return mask[:-1]
 
     def masks(self, kept_units: np.ndarray) -> list[Tensor]:
         """One bool tensor [width] per layer from a mask over units."""
-        return [torch.from_numpy(_stays(kept_units, units)) for units in self.units]
+        stays = np.append(kept_units, True)
+        return [torch.from_numpy(stays[units]) for units in self.units]
 
-    def kept_channels(self, kept_units: np.ndarray, labels: Labels) -> np.ndarray:
-        """Which of the labelled channels stay: bool, shaped as `labels`."""
-        return _stays(kept_units, self._units_of(labels))
-
-    @property
-    def widths(self) -> list[int]:
-        return [layer.width for layer in self.layers]
-
-
-def _stays(kept_units: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Which channels of these units stay; all of unit -1 do."""
-    return np.append(kept_units, True)[units]
+    def kept_channels(self, kept_units: np.ndarray, units: np.ndarray) -> np.ndarray:
+        """Which of the channels of these units stay, bool, shaped as `units`; all of unit -1 do."""
+        return np.append(kept_units, True)[units]
 
 
 def check_per_layer(graph: Graph, values: Sequence[Tensor], name: str) -> None:
     """Raise UserError unless `values` has one tensor [width] for each layer of `graph`."""
+    if not graph.layers:
+        raise UserError("this network has no layers that can be pruned")
     if len(values) != len(graph.layers):
         raise UserError(f"{name} has {len(values)} layers; this network has {len(graph.layers)} prunable layers")
     for layer, value in zip(graph.layers, values, strict=True):
@@ -180,35 +159,20 @@ def trace(model: nn.Module, example_input: Tensor) -> Graph:
     Raises:
         UserError: names the operation and the module that can't be traced.
     """
-    quiet, tracer = copy.deepcopy(model).eval(), _Tracer()
+    quiet, tracer = copy.deepcopy(model).eval(), fx.Tracer()
     try:
         traced = tracer.trace(quiet)
     except Exception as error:
-        where = tracer.failed or "(the network itself)"
+        where = next(reversed(tracer.module_stack), "(the network itself)")
         raise UserError(f"module {where} can't be traced by torch.fx: {str(error).splitlines()[0]}") from None
     try:
         with torch.inference_mode():
             device = next(quiet.parameters()).device
             ShapeProp(fx.GraphModule(quiet, traced)).propagate(example_input.to(device))
     except RuntimeError as error:
-        shape = list(example_input.shape)
-        raise UserError(
-            f"example_input of shape {shape} does not fit the network: {str(error).splitlines()[0]}"
-        ) from None
+        given = f"example_input of shape {list(example_input.shape)}"
+        raise UserError(f"{given} does not fit the network: {str(error).splitlines()[0]}") from None
     return _Labeller(fx.GraphModule(quiet, traced)).labelled()
-
-
-class _Tracer(fx.Tracer):
-    """Remembers in which module tracing failed."""
-
-    failed: str | None = None
-
-    def call_module(self, m, forward, args, kwargs):
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or self.path_of_module(m)
-            raise
 
 
 class _Labeller(fx.Interpreter):
@@ -221,31 +185,36 @@ class _Labeller(fx.Interpreter):
     def __init__(self, network: fx.GraphModule):
         super().__init__(network, garbage_collect_values=False)
         self.extra_traceback = False  # a refusal is one sentence
-        self.parent = [FIXED]  # union-find: each label's parent
+        self.labels = FIXED + 1  # how many there are
+        self.joined: list[Tensor] = []  # int64 [2, pairs] each: labels that are dropped together or not at all
         self.operations: list[Operation] = []
-        self.called: set[str] = set()
 
     def labelled(self) -> Graph:
         self.run(*[None for node in self.module.graph.nodes if node.op == "placeholder"])
-        root = np.array([self.find(label) for label in range(len(self.parent))])
-        done = [replace(o, inputs=root[o.inputs], outputs=root[o.outputs]) for o in self.operations]
-        layers = [o for o in done if o.flops_per_pair and (o.outputs != FIXED).any()]
+        pairs = torch.cat([torch.empty(2, 0, dtype=torch.int64), *self.joined], 1).numpy()
+        links = coo_array((np.ones(pairs.shape[1]), pairs), shape=(self.labels, self.labels))
+        group = connected_components(links, directed=False)[1]  # of each label; labels of a group are joined
+        layers = [o for o in self.operations if o.flops_per_pair and (group[o.outputs] != group[FIXED]).any()]
+        # Units are numbered by their first filter, which settles equal scores.
+        free = dict.fromkeys(g for o in layers for g in group[o.outputs].tolist() if g != group[FIXED])
+        unit_of_group = np.full(len(group), -1)
+        unit_of_group[list(free)] = np.arange(len(free))
+        unit = unit_of_group[group]
+        within = {f"{o.module}.{name}" for o in self.operations if o.module for name in ("weight", "bias")}
         return Graph(
             layers=[Layer(o.module, len(o.outputs)) for o in layers],
-            operations=done,
+            operations=[replace(o, inputs=unit[o.inputs], outputs=unit[o.outputs]) for o in self.operations],
             traced=self.module.graph,
-            modules=frozenset(self.called),
-            filters=[o.outputs for o in layers],
-            all_params=sum(p.numel() for p in self.module.parameters()),  # torch.fx drops what is not used
+            units=[unit[o.outputs] for o in layers],
+            # torch.fx drops parameters that are not used.
+            other_params=sum(p.numel() for name, p in self.module.named_parameters() if name not in within),
         )
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.op == "placeholder":
+        if n.op in ("placeholder", "get_attr"):  # a parameter is not cut: what it is combined with isn't either
             return torch.full(self.shape(), FIXED)
-        if n.op == "get_attr":  # a parameter is not cut: what it is combined with isn't either
-            return torch.full(self.fetch_attr(str(n.target)).shape, FIXED)
         if n.op == "output":
             for source in n.all_input_nodes:
                 self.fix(self.env[source])
@@ -258,17 +227,12 @@ class _Labeller(fx.Interpreter):
 
     def rule(self) -> "Rule":
         """Modules are known by their type, functions and methods by their name."""
-        name, known = self.node.target, True
+        name, home = self.node.target, "torch"
         if self.node.op == "call_module":
-            if name in self.called and next(self.layer.parameters(), None) is not None:
-                raise self.refused("the module is used twice, so its weights can't be pruned")
-            self.called.add(name)
             name = type(self.layer)
         elif self.node.op == "call_function":
-            name = getattr(name, "__name__", "")
-            homes = (torch, F, operator, builtins)
-            known = name in TORCHVISIONS or any(getattr(home, name, None) is self.node.target for home in homes)
-        if name not in RULES or not known:
+            name, home = name.__name__, str(name.__module__).partition(".")[0]
+        if name not in RULES or home not in ("torch", "torchvision", "_operator", "builtins"):
             raise self.refused("the operation is not supported")
         return RULES[name]
 
@@ -290,45 +254,42 @@ class _Labeller(fx.Interpreter):
         rows = _without_repetition(x.movedim(axis, -1))[0].reshape(-1, x.shape[axis])
         if x.dim() < 2 or (rows != rows[0]).any():
             raise self.refused("it is applied to feature maps with their channels in another dimension")
-        return rows[0].numpy()
+        return rows[0]
 
     def map_of(self, labels: Labels) -> Tensor:
         """A feature map [N, C, …] of the current node's shape with these channels."""
         shape = self.shape()
-        return torch.from_numpy(labels).view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+        return labels.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
 
     def new(self, count: int) -> Labels:
-        start = len(self.parent)
-        self.parent += range(start, start + count)
-        return np.arange(start, start + count)
-
-    def find(self, label: int) -> int:
-        while self.parent[label] != label:
-            self.parent[label] = self.parent[self.parent[label]]
-            label = self.parent[label]
-        return label
+        self.labels += count
+        return torch.arange(self.labels - count, self.labels)
 
     def join(self, left: Tensor, right: Tensor) -> None:
         """Channels at the same place are dropped together or not at all."""
         left, right = _without_repetition(left, right)
-        for a, b in set(zip(left.flatten().tolist(), right.flatten().tolist(), strict=True)):
-            a, b = sorted((self.find(a), self.find(b)))
-            self.parent[b] = a  # the smaller is the root, so FIXED always wins
+        self.joined.append(torch.stack([left.flatten(), right.flatten()]))
 
     def fix(self, x: Tensor) -> None:
         self.join(x, torch.tensor(FIXED).expand(x.shape))
 
-    def operation(self, inputs: Labels, outputs: Labels, *counts: int) -> None:
+    def operation(self, inputs: Labels, outputs: Labels) -> None:
+        """Note what surgery must know of the current node. Multiply-accumulates follow from the weights' shape."""
         module = str(self.node.target) if self.node.op == "call_module" else None
-        self.operations.append(Operation(self.node.name, module, inputs, outputs, *counts))
+        if module and any(o.module == module for o in self.operations):
+            raise self.refused("the module is used twice, so its weights can't be pruned")
+        parameters = list(self.layer.parameters()) if module else []
+        kernel = sum(p[0, 0].numel() for p in parameters if p.dim() > 1)
+        positions = prod(self.shape()[1:]) // len(outputs)
+        counts = (kernel * positions, kernel, sum(p.dim() == 1 for p in parameters))
+        self.operations.append(Operation(self.node.name, module, inputs.numpy(), outputs.numpy(), *counts))
 
     def refused(self, why: str) -> UserError:
-        stack = self.node.meta.get("nn_module_stack") or {}
-        owner = next(reversed(stack), "") if stack else ""
         what = getattr(self.node.target, "__name__", str(self.node.target))
+        owner = next(reversed(self.node.meta.get("nn_module_stack") or {}), "(the network itself)")
         if self.node.op == "call_module":
             what, owner = type(self.layer).__name__, str(self.node.target)
-        return UserError(f"operation {what} in module {owner or '(the network itself)'} can't be pruned: {why}")
+        return UserError(f"operation {what} in module {owner} can't be pruned: {why}")
 
 
 def _without_repetition(*tensors: Tensor) -> list[Tensor]:
@@ -345,16 +306,15 @@ Rule = Callable[..., Any]
 
 def _convolution(net: _Labeller, x: Tensor) -> Tensor:
     conv, inputs, outputs = net.layer, net.channels(x), net.new(net.layer.out_channels)
-    kernel, positions = prod(conv.kernel_size), prod(net.shape()[2:])
     if conv.groups == 1:
         read = inputs
     elif conv.groups == conv.in_channels == conv.out_channels:  # depthwise: input and output channel are one unit
-        net.join(torch.from_numpy(inputs), torch.from_numpy(outputs))
-        read = np.array([FIXED])  # each filter reads one channel, whatever is kept
+        net.join(inputs, outputs)
+        read = torch.tensor([FIXED])  # each filter reads one channel, whatever is kept
     else:  # other grouped convolutions stay whole
-        net.fix(torch.from_numpy(np.concatenate([inputs, outputs])))
-        read = np.full(conv.in_channels // conv.groups, FIXED)
-    net.operation(read, outputs, kernel * positions, kernel, int(conv.bias is not None))
+        net.fix(torch.cat([inputs, outputs]))
+        read = torch.full((conv.in_channels // conv.groups,), FIXED)
+    net.operation(read, outputs)
     return net.map_of(outputs)
 
 
@@ -363,14 +323,14 @@ def _linear(net: _Labeller, x: Tensor) -> Tensor:
     count, inputs, shape = net.layer.out_features, net.channels(x, axis=-1), net.shape()
     if len(shape) not in (2, 4):
         raise net.refused("a linear layer must follow a flatten")
-    outputs = net.new(count) if len(shape) == 4 else np.full(count, FIXED)
-    net.operation(inputs, outputs, prod(shape[1:-1]), 1, int(net.layer.bias is not None))
-    return torch.from_numpy(outputs).expand(shape)
+    outputs = net.new(count) if len(shape) == 4 else torch.full((count,), FIXED)
+    net.operation(inputs, outputs)
+    return outputs.expand(shape)
 
 
 def _batch_norm(net: _Labeller, x: Tensor) -> Tensor:
     labels = net.channels(x)
-    net.operation(labels, labels, 0, 0, 2 * int(net.layer.affine))
+    net.operation(labels, labels)
     return x
 
 
@@ -409,10 +369,11 @@ def _pad(net: _Labeller, x: Tensor, pad: Sequence[int], mode: str = "constant", 
     if any(more) or front < 0 or back < 0 or ((front or back) and (mode != "constant" or value)):
         raise net.refused("channels can only be padded with zeros")
     inputs = net.channels(x)
-    # A zero channel lives as long as what it is later joined with.
-    outputs = np.concatenate([net.new(front), inputs, net.new(back)])
-    net.operation(inputs, outputs)
-    return net.map_of(outputs)
+    if front or back:
+        # A zero channel lives as long as what it is later joined with.
+        inputs = torch.cat([net.new(front), inputs, net.new(back)])
+        net.operation(inputs[front : len(inputs) - back], inputs)
+    return net.map_of(inputs)
 
 
 def _moving(net: _Labeller, *args: Any, **kwargs: Any) -> Any:
@@ -440,7 +401,6 @@ def _attribute(net: _Labeller, x: Tensor, name: str) -> Any:
     return x.shape
 
 
-TORCHVISIONS = {"stochastic_depth"}  # functions of torchvision.ops, which torch.fx does not look into
 POINTWISE = [
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Hardswish,
     nn.Hardsigmoid, nn.Dropout, nn.Dropout2d, nn.Identity,

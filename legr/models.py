@@ -12,23 +12,12 @@ from torch.nn import functional as F
 from legr.files import UserError, atomic
 
 
-class ZeroPadShortcut(nn.Module):
-    """Shortcut "option A" (He et al., CVPR 2016): subsample, then append zero channels.
-
-    Input [N, C, H, W]; output [N, C + extra, ceil(H / stride), ceil(W / stride)].
-    """
-
-    def __init__(self, extra: int, stride: int):
-        super().__init__()
-        self.extra, self.stride = extra, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, self.extra))
-
-
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a parameter-free shortcut."""
+    """Two 3×3 convolutions, and a shortcut without parameters: "option A" (He et al., CVPR 2016).
+
+    Input [N, C, H, W]; output [N, channels, ceil(H / stride), ceil(W / stride)]. Where that is another shape, the
+    shortcut is subsampled, and zero channels are appended.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -36,13 +25,14 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        same = stride == 1 and in_channels == channels
-        self.shortcut = nn.Identity() if same else ZeroPadShortcut(channels - in_channels, stride)
+        self.stride, self.extra = stride, channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        if self.stride > 1 or self.extra > 0:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+        return F.relu(out + x)
 
 
 class CifarResNet(nn.Module):

@@ -1,6 +1,8 @@
 """Eq. 1 and LeGR-Pruning (Fig. 2), and the two baselines: norm-only and uniform."""
 
 import math
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from legr.files import UserError, read_json, write_json
@@ -104,8 +107,34 @@ def select(
     Raises:
         UserError: if the floors make the target unreachable; says the lowest reachable fraction.
     """
-    order = np.argsort(_sum_over_units(graph, scores, "scores"), kind="stable")
-    return _drop_until(graph, order, flops, target, cost, floor, keep)
+    score = _sum_over_units(graph, scores, "scores")
+    name, fraction = ("flops", flops) if cost is None else ("target", target)
+    if (flops is None) == (target is None) or (target is None) != (cost is None):
+        raise UserError("select takes either flops, or target and cost together")
+    if not (isinstance(fraction, Real) and 0 < fraction <= 1):
+        raise UserError(f"{name} is {fraction}; it must be a fraction of the dense network's, above 0 and at most 1")
+    if not 0 <= floor < 1:
+        raise UserError(f"floor is {floor}; it must be at least 0 and below 1")
+    if unknown := set(keep) - {layer.name for layer in graph.layers}:
+        raise UserError(f"keep names {min(unknown)!r}; it must name prunable layers, such as {graph.layers[0].name!r}")
+
+    dropped = _droppable(graph, np.argsort(score, kind="stable"), floor, keep)
+    cost = cost or graph.flops
+
+    def kept_after(count: int) -> list[Tensor]:
+        kept = np.ones(graph.unit_count, bool)
+        kept[dropped[:count]] = False
+        return graph.masks(kept)
+
+    if fraction == 1:
+        return kept_after(0)
+    dense, lowest = cost(kept_after(0)), cost(kept_after(len(dropped)))
+    if lowest >= fraction * dense:
+        lowest = min(math.ceil(1000 * lowest / dense + 1e-9) / 1000, 1.0)
+        raise UserError(f"{name} is {fraction}; the lowest reachable fraction of this network is {lowest}")
+    # The cost only falls as units go, so the first count below the target is found by bisection.
+    count = bisect_left(range(len(dropped)), True, key=lambda count: cost(kept_after(count)) < fraction * dense)
+    return kept_after(count)
 
 
 def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = None, **budget: Any) -> list[Tensor]:
@@ -113,77 +142,27 @@ def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = 
 
     `norms` are those of `filter_norms`; other arguments, result and errors are those of `select`.
     """
-    norm = _sum_over_units(graph, norms, "norms")
-    fraction = np.empty(graph.unit_count)  # a unit's rank among those of its kind: by it all layers thin alike
-    for kind in np.unique(graph.kind):
-        units = np.flatnonzero(graph.kind == kind)
-        fraction[units[np.argsort(norm[units], kind="stable")]] = (np.arange(len(units)) + 0.5) / len(units)
-    return _drop_until(graph, np.argsort(fraction, kind="stable"), flops, **budget)
+    norm, alike = _sum_over_units(graph, norms, "norms"), defaultdict(list)
+    for unit, members in enumerate(graph.members):
+        alike[tuple(members.items())].append(unit)
+    share = np.empty(graph.unit_count)  # a unit's rank among those in the same layers: by it all layers thin alike
+    for units in map(np.array, alike.values()):
+        share[units[np.argsort(norm[units], kind="stable")]] = (np.arange(len(units)) + 0.5) / len(units)
+    # As scores of filters: that of a unit's first filter is the unit's share, those of others are 0.
+    filters = np.concatenate(graph.units)
+    units, first = np.unique(filters, return_index=True)
+    scores = np.zeros(len(filters))
+    scores[first[units >= 0]] = share
+    return select(graph, torch.from_numpy(scores).split(graph.widths), flops, **budget)
 
 
 def _sum_over_units(graph: Graph, values: Sequence[Tensor], name: str) -> np.ndarray:
     """The sum over each unit's filters, float64 [units]."""
     check_per_layer(graph, values, name)
-    total = np.zeros(graph.unit_count)
-    for units, value in zip(graph.units, values, strict=True):
-        free = units >= 0
-        np.add.at(total, units[free], value.detach().cpu().double().numpy()[free])
-    if not np.isfinite(total).all():
+    summed = torch.cat([value.detach().cpu().double() for value in values]).numpy()
+    if not np.isfinite(summed).all():
         raise UserError(f"{name} have a value that is not a finite number")
-    return total
-
-
-def check_fraction(name: str, value: float) -> None:
-    if not (isinstance(value, Real) and 0 < value <= 1):
-        raise UserError(f"{name} is {value}; it must be a fraction of the dense network's, above 0 and at most 1")
-
-
-def _drop_until(
-    graph: Graph,
-    order: np.ndarray,
-    flops: float | None,
-    target: float | None = None,
-    cost: Callable[[list[Tensor]], float] | None = None,
-    floor: float = FLOOR,
-    keep: Collection[str] = (),
-) -> list[Tensor]:
-    """Drop units in `order`, as far as the floors allow, until the cost first falls below the target."""
-    if (flops is None) == (target is None) or (target is None) != (cost is None):
-        raise UserError("select takes either flops, or target and cost together")
-    name, fraction = ("flops", flops) if cost is None else ("target", target)
-    check_fraction(name, fraction)
-    if not 0 <= floor < 1:
-        raise UserError(f"floor is {floor}; it must be at least 0 and below 1")
-    if unknown := set(keep) - {layer.name for layer in graph.layers}:
-        raise UserError(f"keep names {min(unknown)!r}; it must name prunable layers, such as {graph.layers[0].name!r}")
-
-    dropped = _droppable(graph, order, floor, keep)
-
-    def kept_after(count: int) -> np.ndarray:
-        kept = np.ones(graph.unit_count, bool)
-        kept[dropped[:count]] = False
-        return kept
-
-    def cost_after(count: int) -> float:
-        kept = kept_after(count)
-        return graph.flops_of_units(kept) if cost is None else cost(graph.masks(kept))
-
-    if fraction == 1:
-        return graph.masks(kept_after(0))
-    dense = cost_after(0)
-    limit = fraction * dense
-    if (lowest := cost_after(len(dropped))) >= limit:
-        lowest = min(math.ceil(1000 * lowest / dense + 1e-9) / 1000, 1.0)
-        raise UserError(f"{name} is {fraction}; the lowest reachable fraction of this network is {lowest}")
-    # The cost only falls as units go, so the first count below the target is found by bisection.
-    low, high = 0, len(dropped)
-    while low < high:
-        middle = (low + high) // 2
-        if cost_after(middle) < limit:
-            high = middle
-        else:
-            low = middle + 1
-    return graph.masks(kept_after(low))
+    return np.bincount(np.concatenate(graph.units) + 1, summed)[1:]  # the first one: of filters that must stay
 
 
 def _droppable(graph: Graph, order: np.ndarray, floor: float, keep: Collection[str]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Algorithm 1: regularized evolution over (α, κ), as ask and tell, with a state that survives a kill."""
+"""Algorithm 1: regularized evolution over (α, κ), as ask and tell; an interrupted search is replayed."""
 
 import json
 import time
@@ -6,27 +6,26 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from legr.data import Dataset
-from legr.files import UserError, digest, tensors_digest, write_text
+from legr.files import Settings, UserError, digest, tensors_digest, write_json
 from legr.fitness import Fitness, FitnessSettings, Masks
 from legr.graph import Graph
 from legr.ranking import FLOOR, Ranking
 from legr.training import Compute, Log
 
 
-class SearchSettings(BaseModel):
+class SearchSettings(Settings):
     """Algorithm 1's constants; the defaults are the paper's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     population: PositiveInt = 64  # P
     evaluations: PositiveInt = 400  # E, the initial population included
@@ -47,9 +46,8 @@ class SearchSettings(BaseModel):
 class Evolution:
     """Regularized evolution: `ask` for a candidate, `tell` its loss, until `done`.
 
-    Several candidates may be asked for before the first is told; they are told in the order of asking.
-    The state (`state`, `restore`) is plain JSON and includes the random generator, so a restored search asks for
-    the same candidates as an undisturbed one.
+    Several candidates may be asked for before the first is told; they are told in the order of asking. Candidates
+    depend on the settings and on the losses told alone: told the same losses again, it asks for the same candidates.
 
     Args:
         norms: squared filter norms, one tensor [width] per layer.
@@ -59,9 +57,9 @@ class Evolution:
     def __init__(self, norms: Sequence[Tensor], settings: SearchSettings, start: Ranking | None = None):
         self.settings, self.start, self.deviations = settings, start, norm_deviations(norms)
         self.generator = np.random.default_rng(settings.seed)
-        self.history: list[dict[str, Any]] = []
-        self.candidates: list[Ranking] = []
-        self.pending: list[Ranking] = []  # asked for and not told yet
+        self.asked = 0  # how many candidates were asked for
+        self.candidates: list[Ranking] = []  # those that were told
+        self.history: list[dict[str, Any]] = []  # a row for each of them
 
     @property
     def done(self) -> bool:
@@ -70,20 +68,12 @@ class Evolution:
     @property
     def best(self) -> Ranking:
         """The candidate with the lowest loss so far; the first of equals."""
-        losses = [row["loss"] for row in self.history]
-        return self.candidates[losses.index(min(losses))]
-
-    @property
-    def asked(self) -> int:
-        return len(self.history) + len(self.pending)
+        return self.candidates[min(range(len(self.history)), key=self._loss)]
 
     def ask(self) -> Ranking:
         """The next candidate: random at first (the P-th is norm-only), then a mutant of a tournament's winner."""
-        self.pending.append(self._next(self.asked))
-        return self.pending[-1]
-
-    def _next(self, i: int) -> Ranking:
-        size, layers = self.settings.population, len(self.deviations)
+        i, size, layers = self.asked, self.settings.population, len(self.deviations)
+        self.asked += 1
         if i == size - 1:
             return Ranking.norm_only(layers)
         if i < size and self.start is None:  # α = exp(N(0, 1)), κ = N(0, s_l)
@@ -93,7 +83,10 @@ class Evolution:
             return self._mutant(self.start, i) if i else self.start
         oldest = max(len(self.history) - size, 0)  # the last P candidates told are the population
         drawn = oldest + self.generator.integers(0, len(self.history) - oldest, self.settings.sample)
-        return self._mutant(self.candidates[min(drawn, key=lambda d: self.history[d]["loss"])], i)
+        return self._mutant(self.candidates[min(drawn, key=self._loss)], i)
+
+    def _loss(self, told: int) -> float:
+        return self.history[told]["loss"]
 
     def _mutant(self, parent: Ranking, i: int) -> Ranking:
         step = 1 - i / (1.25 * self.settings.evaluations)
@@ -104,27 +97,12 @@ class Evolution:
         return Ranking(tuple(scale), tuple(shift))
 
     def tell(self, candidate: Ranking, loss: float, accuracy: float, seconds: float = 0.0) -> None:
-        """Record the fitness of the first pending candidate; it replaces the oldest of a full population."""
-        if self.pending:
-            self.pending.pop(0)
+        """Record a candidate's fitness; it replaces the oldest of a full population."""
         loss = loss if np.isfinite(loss) else float(np.finfo(np.float32).max)
         best = min(loss, self.history[-1]["best"]) if self.history else loss
         self.candidates.append(candidate)
         row = {"evaluation": len(self.candidates), "loss": loss, "accuracy": accuracy, "best": best}
         self.history.append(row | {"seconds": seconds})
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the rest of the search depends on."""
-        rankings = {"candidates": self.candidates, "pending": self.pending}
-        plain = {name: [[r.scale, r.shift] for r in some] for name, some in rankings.items()}
-        return {"generator": self.generator.bit_generator.state, "history": self.history, **plain}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.generator.bit_generator.state = state["generator"]
-        self.history = state["history"]
-        self.candidates, self.pending = (
-            [Ranking(tuple(scale), tuple(shift)) for scale, shift in state[name]] for name in ("candidates", "pending")
-        )
 
 
 def norm_deviations(norms: Sequence[Tensor]) -> np.ndarray:
@@ -158,61 +136,65 @@ def learn_ranking(
 ) -> SearchResult:
     """Learn α and κ by Algorithm 1, evaluating candidates at the lowest FLOP count of interest.
 
+    Many mutants cut the same network as a candidate before them; every network is evaluated once.
+
     Args:
         data: candidates are judged on `data.holdout`; recalibration and steps use `data.fit`.
         flops: the fraction of the dense FLOPs at which candidates are judged; with several, see `Fitness`.
         floor: the fraction of each layer that stays at least.
         start: a ranking to search on from; None starts with random ones, as the paper does.
-        state_folder: where the state is written after every evaluation, under a name made of
-            everything that the result depends on; a search found there is continued.
+        state_folder: where the fitness of every network is noted, in a file whose name is made of everything that
+            the result depends on. A search found there is replayed from its start, without evaluating again.
         submit: starts the evaluation of a candidate's masks elsewhere; its result is that of `Fitness`. Up to
             `search.in_flight` are then on their way. None evaluates here, one after the other. The result
             depends on `in_flight`, not on where candidates are evaluated or which is done first.
-        log: called with every evaluation's row of `history`.
+        log: called with every evaluation's row of `history`, replayed ones included.
+
+    Raises:
+        UserError: the file in `state_folder` is corrupt.
     """
     search, compute = search or SearchSettings(), (compute or Compute()).resolve()
     targets = [flops] if isinstance(flops, int | float) else list(flops)
     judge = Fitness(model, graph, data, targets, fitness or FitnessSettings(), compute, floor, search.seed)
-    evolution, path = Evolution(judge.norms, search, start), None
+    judged: dict[str, dict[str, float]] = {}  # by what is kept: loss, accuracy and the seconds that they took
+    path = None
     if state_folder is not None:
         given = [tensors_digest(model.state_dict()), data.digest(), data.train.augmentation.model_dump(), targets]
         given += [search.model_dump(), judge.settings.model_dump(), compute.identity(), floor, start and vars(start)]
-        path = Path(state_folder) / f"search-{digest(given)}.json"
-        if path.exists():
-            try:
-                evolution.restore(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"search state {path} is corrupt; delete it to search from the start") from None
+        path = Path(state_folder) / f"judged-{digest(given)}.json"
+        judged = _read(path)
 
-    known: dict[bytes, Future | dict[str, float]] = {}  # many mutants cut a network that was seen before
-    for candidate, row in zip(evolution.candidates, evolution.history, strict=True):
-        known.setdefault(_key(judge.select(candidate)), row)
-    waiting = deque(evolution.pending)
-    keys = deque(_evaluate(judge, candidate, known, submit) for candidate in waiting)
+    evolution = Evolution(judge.norms, search, start)
+    waiting: deque[tuple[Ranking, str]] = deque()  # asked for and not told yet
+    running: dict[str, Callable[[], dict[str, float]]] = {}  # networks not judged yet: gives their fitness
+    told: set[str] = set()
     while not evolution.done:
         began = time.perf_counter()
         while len(waiting) < search.in_flight and evolution.asked < search.evaluations:
-            waiting.append(evolution.ask())
-            keys.append(_evaluate(judge, waiting[-1], known, submit))
-        candidate, result = waiting.popleft(), known[keys.popleft()]
-        result = result if isinstance(result, dict) else result.result()
-        evolution.tell(candidate, result["loss"], result["accuracy"], time.perf_counter() - began)
-        if path is not None:
-            write_text(path, json.dumps(evolution.state()))
+            candidate = evolution.ask()
+            networks = judge.select(candidate)
+            key = tensors_digest({"kept": torch.cat([mask for kept in networks for mask in kept])})
+            if key not in judged and key not in running:
+                running[key] = submit(networks).result if submit else partial(judge, networks)
+            waiting.append((candidate, key))
+        candidate, key = waiting.popleft()
+        if key in running:
+            judged[key] = running.pop(key)() | {"seconds": time.perf_counter() - began}
+            if path is not None:
+                write_json(path, judged)
+        # A network that came before in this search costs its choice only; a replayed one, what it once cost.
+        seconds = time.perf_counter() - began if key in told else judged[key]["seconds"]
+        evolution.tell(candidate, judged[key]["loss"], judged[key]["accuracy"], seconds)
+        told.add(key)
         if log:
             log(evolution.history[-1])
     return SearchResult(evolution.best, pd.DataFrame(evolution.history), evolution.candidates)
 
 
-def _key(networks: list[Masks]) -> bytes:
-    """Names what a candidate keeps at all targets."""
-    return torch.cat([mask for kept in networks for mask in kept]).numpy().tobytes()
-
-
-def _evaluate(judge: Fitness, candidate: Ranking, known: dict, submit: Callable | None) -> bytes:
-    """Have a candidate's networks evaluated unless they are known; returns their key in `known`."""
-    networks = judge.select(candidate)
-    key = _key(networks)
-    if key not in known:
-        known[key] = submit(networks) if submit else judge(networks)
-    return key
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    """The networks that an interrupted search has judged."""
+    try:
+        noted = json.loads(path.read_bytes()) if path.exists() else {}
+        return {key: {name: float(row[name]) for name in ("loss", "accuracy", "seconds")} for key, row in noted.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"search state {path} is corrupt; delete it to search from the start") from None

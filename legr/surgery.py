@@ -1,16 +1,15 @@
 """Pruning: a new, smaller network out of a dense one, which is left alone."""
 
 import copy
-from collections import OrderedDict
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from legr.files import UserError
-from legr.graph import Graph, Operation
+from legr.graph import Graph
 
 
 def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
@@ -27,76 +26,53 @@ def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
     """
     kept_units = graph.kept_units(kept)
     operations = {o.node: o for o in graph.operations}
-    modules = dict(model.named_modules())
-    if missing := sorted(graph.modules - modules.keys()):
-        raise UserError(f"model has no module {missing[0]}; graph was traced from another network")
-    pruned = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    pruned.output(pruned.graph_copy(graph.traced, nodes))
+    pruned = copy.deepcopy(graph.traced)
     parts: dict[str, nn.Module | nn.Parameter] = {}
-    for old, new in nodes.items():
-        operation = operations.get(old.name)
+    for node in pruned.nodes:
+        path, operation = str(node.target), operations.get(node.name)
+        try:
+            part = attrgetter(path)(model) if node.op in ("call_module", "get_attr") else None
+        except AttributeError:
+            raise UserError(f"model has no module {path}; graph was traced from another network") from None
         if operation is None:
-            if old.op == "call_module":
-                parts[str(old.target)] = copy.deepcopy(modules[str(old.target)])
-            elif old.op == "get_attr":
-                owner, _, attribute = str(old.target).rpartition(".")
-                parts[str(old.target)] = copy.deepcopy(getattr(modules[owner], attribute))
+            if part is not None:
+                parts[path] = copy.deepcopy(part)
             continue
-        into = graph.kept_channels(kept_units, operation.inputs)
-        out = graph.kept_channels(kept_units, operation.outputs)
-        if operation.module is None:
-            _thin_pad(new, operation, out)
+        into, out = (graph.kept_channels(kept_units, units) for units in (operation.inputs, operation.outputs))
+        if part is None:
+            _thin_pad(node, len(into), out)
         else:
-            parts[operation.module] = _thin(modules[operation.module], into, out)
+            parts[path] = _thin(part, into, out)
     small = fx.GraphModule(parts, pruned, class_name=type(model).__name__)
     return small.train(model.training)
 
 
 def _thin(module: nn.Module, into: np.ndarray, out: np.ndarray) -> nn.Module:
     """A copy of a convolution, BatchNorm or linear layer with only the channels that stay."""
-    device = next(iter(module.state_dict().values())).device if module.state_dict() else None
-    rows = torch.from_numpy(np.flatnonzero(out)).to(device)
-    columns = torch.from_numpy(np.flatnonzero(into)).to(device)
-    thin = copy.copy(module)  # the settings; tensors and hooks are replaced below
-    thin._parameters, thin._buffers = dict(module._parameters), dict(module._buffers)
-    thin._forward_hooks, thin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    tensors = {name: t for name, t in module.state_dict(keep_vars=True).items() if t.dim() > 0}
+    thin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors.values()})  # shares what is cut below
+    for name, tensor in tensors.items():
+        cut = tensor.detach()
+        for dim, stays in enumerate((out, into)[: cut.dim()]):
+            cut = cut.index_select(dim, torch.from_numpy(np.flatnonzero(stays)).to(cut.device))
+        setattr(thin, name, nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut)
     if isinstance(module, nn.Conv2d):
-        thin.out_channels = len(rows)
-        if module.groups == 1:
-            thin.in_channels = len(columns)
-        elif module.groups == module.in_channels == module.out_channels:
-            thin.in_channels = thin.groups = len(rows)
+        thin.out_channels = int(out.sum())
+        if module.groups == module.in_channels == module.out_channels:  # depthwise
+            thin.groups = thin.out_channels
+        thin.in_channels = thin.groups * int(into.sum())
     elif isinstance(module, nn.Linear):
-        thin.in_features, thin.out_features = len(columns), len(rows)
+        thin.in_features, thin.out_features = int(into.sum()), int(out.sum())
     else:
-        thin.num_features = len(rows)
-    matrix = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-    for name, tensor in (module._parameters | module._buffers).items():
-        if tensor is None:
-            continue
-        value = tensor.detach()
-        if value.dim() > 0:
-            value = value.index_select(0, rows)
-        if matrix and name == "weight":
-            value = value.index_select(1, columns)
-        if name in module._parameters:
-            thin._parameters[name] = nn.Parameter(value.clone(), tensor.requires_grad)
-        else:
-            thin._buffers[name] = value.clone()
+        thin.num_features = int(out.sum())
     return thin
 
 
-def _thin_pad(node: fx.Node, operation: Operation, out: np.ndarray) -> None:
-    """Append (or prepend) only those zero channels that stay."""
-    position = 1 if len(node.args) > 1 else None
-    amounts = list(node.args[1] if position else node.kwargs["pad"])
-    if len(amounts) < 6:
-        return  # height and width only
-    front, inner = amounts[4], len(operation.inputs)
-    amounts[4], amounts[5] = int(out[:front].sum()), int(out[front + inner :].sum())
-    if position:
-        node.args = (node.args[0], tuple(amounts), *node.args[2:])
+def _thin_pad(node: fx.Node, inner: int, out: np.ndarray) -> None:
+    """Append (or prepend) only those zero channels that stay; `inner` channels are between them."""
+    *sides, front, _ = node.kwargs["pad"] if "pad" in node.kwargs else node.args[1]
+    amounts = (*sides, int(out[:front].sum()), int(out[front + inner :].sum()))
+    if "pad" in node.kwargs:
+        node.update_kwarg("pad", amounts)
     else:
-        node.kwargs = node.kwargs | {"pad": tuple(amounts)}
-    assert node.target is F.pad
+        node.update_arg(1, amounts)

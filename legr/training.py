@@ -1,8 +1,9 @@
 """Training and evaluation: one recipe, one loop, checkpoints that resume to the same result."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,27 +11,26 @@ from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
 
 from legr.data import Images
-from legr.files import UserError, digest, load_state, save_state, tensors_digest
+from legr.files import Settings, UserError, digest, load_state, save_state, tensors_digest
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Log = Callable[[dict[str, Any]], None]  # takes one row of numbers
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """A training schedule for SGD; fractions are of the whole training.
 
     `schedule`: "step" multiplies the learning rate by `gamma` at each of `milestones` (the paper: 0.2 at 0.3,
     0.6 and 0.8); "onecycle" rises linearly over `warmup`, then falls along a cosine to 0, step by step.
     `resolutions` is [[until, side], ...]: before the fraction `until`, images are shrunk to `side`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: PositiveInt
     batch_size: PositiveInt = 128
@@ -57,15 +57,13 @@ class Recipe(BaseModel):
         """The side to which images are shrunk in `epoch`; None: as they are."""
         return next((side for until, side in self.resolutions if epoch < until * self.epochs), None)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.SGD:
+    def optimizer(self, model: nn.Module) -> SGD:
         nesterov = self.nesterov and self.momentum > 0
-        return torch.optim.SGD(model.parameters(), self.lr, self.momentum, 0, self.weight_decay, nesterov)
+        return SGD(model.parameters(), self.lr, self.momentum, 0, self.weight_decay, nesterov)
 
 
-class Compute(BaseModel):
+class Compute(Settings):
     """Where and in which precision: `auto` takes a GPU, and bfloat16 where the processor has it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     device: str = "auto"
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -78,9 +76,8 @@ class Compute(BaseModel):
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError):
-            raise UserError(
-                f"device is {device!r}; this machine can't use it (auto, cpu, or cuda with a GPU)"
-            ) from None
+            allowed = "auto, cpu, or cuda with a GPU"
+            raise UserError(f"device is {device!r}; this machine can't use it ({allowed})") from None
         if precision == "auto":
             on_gpu = device.startswith("cuda")
             fast = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
@@ -95,73 +92,75 @@ class Compute(BaseModel):
         return [self.device.split(":")[0], self.precision]
 
 
-def evaluate(model: nn.Module, images: Images, compute: Compute, batch_size: int | None = None) -> dict[str, float]:
+def evaluate(model: nn.Module, images: Images, compute: Compute) -> dict[str, float]:
     """Cross-entropy `loss` and `accuracy` (a fraction) in eval mode; the model's mode is restored."""
-    was_training, size = model.training, batch_size or _batch_size(images)
+    was_training, size = model.training, _batch_size(images, 256 if images.device.type == "cpu" else 500)
 
-    def sums(inputs: Tensor, labels: Tensor) -> Tensor:
+    def sums(batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, labels = batch
         with torch.inference_mode(), compute.autocast():
             logits = model(inputs).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
             return torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
 
-    def sums_by_one_thread(start: int) -> Tensor:
-        torch.set_num_threads(1)  # of this thread's operations
-        return sums(*next(images[start : start + size].batches(size)))
-
     model.eval()
     threads = torch.get_num_threads()
     if isinstance(images, Images) and images.device.type == "cpu":
         # Small operations keep several cores busier so than split up between them, and give the same bits.
+        starts = range(0, len(images), size)
         try:
-            with ThreadPoolExecutor(threads) as pool:
-                parts = list(pool.map(sums_by_one_thread, range(0, len(images), size)))
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                parts = list(pool.map(lambda i: sums(*images[i : i + size].batches(size)), starts))
         finally:
             torch.set_num_threads(threads)
     else:
-        parts = [sums(*batch) for batch in images.batches(size)]
+        parts = [sums(batch) for batch in images.batches(size)]
     model.train(was_training)
     loss, correct = torch.stack(parts).sum(0).tolist()
     return {"loss": loss / len(images), "accuracy": correct / len(images)}
 
 
-def _batch_size(images: Images) -> int:
-    """At 32 pixels 256 on a CPU and 500 on a GPU; less for larger images, whose feature maps take more memory."""
-    at_32 = 256 if images.device.type == "cpu" else 500
+def _batch_size(images: Images, at_32: int) -> int:
+    """`at_32` at 32 pixels; less for larger images, whose feature maps take more memory."""
     return max(at_32 * 32 // max(images.side, 32), 1)
 
 
-def recalibrate(model: nn.Module, images: Images, compute: Compute, batch_size: int = 250) -> None:
+def recalibrate(model: nn.Module, images: Images, compute: Compute) -> None:
     """Re-estimate BatchNorm statistics as their average over the batches of `images`; weights are untouched."""
-    size = max(batch_size * 32 // max(images.side, 32), 1)
     with compute.autocast():
-        update_bn((inputs for inputs, _ in images.batches(size)), model)
+        update_bn((inputs for inputs, _ in images.batches(_batch_size(images, 250))), model)
 
 
-def take_steps(model: nn.Module, images: Images, recipe: Recipe, steps: int, compute: Compute, seed: int):
+def take_steps(model: nn.Module, images: Images, recipe: Recipe, steps: int, compute: Compute, seed: int) -> None:
     """`steps` gradient steps in place at the constant rate `recipe.lr`: the τ̂ steps of the fitness (Eq. 3)."""
-    optimizer, generator = recipe.optimizer(model), torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # for dropout
+    generator = torch.Generator().manual_seed(seed)
+    epochs = (images.augmented_batches(recipe.batch_size, generator) for _ in itertools.count())
+    batches = itertools.islice(itertools.chain.from_iterable(epochs), steps)
+    _descend(model, recipe.optimizer(model), batches, lambda step: recipe.lr, compute, seed)
+
+
+def _descend(
+    model: nn.Module, optimizer: SGD, batches: Iterable, rate: Callable[[int], float], compute: Compute, seed: int
+) -> Tensor:
+    """A gradient step for each batch, at the learning rate of its number; the mean loss and accuracy [2] over images.
+
+    They stay on the device, where no step waits for them.
+    """
+    sums, seen = torch.zeros(2, dtype=torch.float64, device=compute.device), 0
+    torch.manual_seed(seed)  # for dropout, which draws from PyTorch's own generator
     model.train()
     with _strided_depthwise_in_float32(model, compute):
-        while steps > 0:
-            for _, batch in zip(range(steps), images.augmented_batches(recipe.batch_size, generator), strict=False):
-                _step(model, optimizer, batch, compute)
-                steps -= 1
-
-
-def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], compute: Compute
-) -> tuple[Tensor, Tensor]:
-    """One gradient step; the batch's mean loss and how many were right, on the device."""
-    inputs, labels = batch
-    with compute.autocast():
-        logits = model(inputs).float()
-        loss = F.cross_entropy(logits, labels)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach(), (logits.argmax(1) == labels).sum()
+        for step, (inputs, labels) in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = rate(step)
+            with compute.autocast():
+                logits = model(inputs).float()
+                loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+            seen += len(labels)
+    return sums / seen
 
 
 def train(
@@ -199,35 +198,27 @@ def train(
         given += [seed, validation is not None, recipe.model_dump(), compute.identity()]
         checkpoint = Path(state_folder) / f"train-{digest(given)}.pt"
         state = load_state(checkpoint)
+    optimizer, rows = recipe.optimizer(model), []
     if state:
         model.load_state_dict(state["model"])
-    optimizer = recipe.optimizer(model)
-    if state:
         optimizer.load_state_dict(state["optimizer"])
-    rows: list[dict[str, Any]] = state["rows"] if state else []
+        rows = state["rows"]
     steps = max(len(images) // recipe.batch_size, 1)
     for epoch in range(len(rows), recipe.epochs):
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         batches = images.augmented_batches(recipe.batch_size, generator, recipe.side(epoch))
-        sums, seen = torch.zeros(2, dtype=torch.float64, device=compute.device), 0
-        torch.manual_seed(generator.initial_seed())  # for dropout, which draws from PyTorch's own generator
-        model.train()
-        with _strided_depthwise_in_float32(model, compute):
-            for step, batch in enumerate(batches):
-                rate = recipe.learning_rate((epoch + step / steps) / recipe.epochs)
-                optimizer.param_groups[0]["lr"] = rate
-                loss, correct = _step(model, optimizer, batch, compute)
-                count = len(batch[1])
-                sums += torch.stack([loss * count, correct])
-                seen += count
-        train_loss, train_accuracy = (sums / seen).tolist()
+
+        def rate(step: int, epoch: int = epoch) -> float:
+            return recipe.learning_rate((epoch + step / steps) / recipe.epochs)
+
+        means = _descend(model, optimizer, batches, rate, compute, generator.initial_seed())
+        train_loss, train_accuracy = means.tolist()
         if not math.isfinite(train_loss):
-            raise UserError(
-                f"lr is {recipe.lr}; the loss became {train_loss} in epoch {epoch + 1}, so it must be smaller"
-            )
-        row = {"epoch": epoch + 1, "lr": rate, "train_loss": train_loss, "train_accuracy": train_accuracy}
-        row["seconds"] = time.perf_counter() - start
+            what = f"the loss became {train_loss} in epoch {epoch + 1}"
+            raise UserError(f"lr is {recipe.lr}; {what}, so it must be smaller")
+        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+        row |= {"train_loss": train_loss, "train_accuracy": train_accuracy, "seconds": time.perf_counter() - start}
         if validation is not None:
             row |= {f"val_{name}": value for name, value in evaluate(model, validation, compute).items()}
         rows.append(row)
@@ -241,7 +232,8 @@ def train(
 @contextmanager
 def _strided_depthwise_in_float32(model: nn.Module, compute: Compute) -> Iterator[None]:
     """While it lasts: PyTorch's backward pass of these convolutions is slow on CPUs in bfloat16, not in float32."""
-    slow = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 < max(m.stride)]
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    slow = [conv for conv in convs if conv.groups == conv.in_channels > 1 < max(conv.stride)]
     if compute.identity() != ["cpu", "bfloat16"]:
         slow = []
     for conv in slow:

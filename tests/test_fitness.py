@@ -36,7 +36,7 @@ def test_rankings_are_judged_by_the_networks_that_they_cut(small, judge, digits,
     nn.init.constant_(fitness.model.linear.bias, math.nan)
     assert fitness([kept])["loss"] == math.inf
     with pytest.raises(legr.UserError, match="flops is 1.2; it must be a fraction"):
-        judge((0.5, 1.2))
+        judge((0.5, 1.2)).select(RANKING)
 
 
 def test_images_to_validate_and_to_recalibrate_on_are_drawn_from_the_right_parts(judge, digits):

@@ -38,19 +38,6 @@ def test_told_the_committed_losses_the_search_asks_for_the_committed_candidates(
     assert evolution.best.scale == legr.Ranking.load(folder / "ranking-0.json").scale
 
 
-def test_a_mutation_draws_five_of_55_layers(dense):
-    _, norms = dense
-    evolution = Evolution(norms, SearchSettings(population=1, evaluations=200, sample=1))
-    changed, parent = [], None
-    for _ in range(200):
-        candidate = evolution.ask()
-        if parent:
-            changed.append(sum(a != b for a, b in zip(candidate.shift, parent.shift, strict=True)))
-        parent = candidate
-        evolution.tell(candidate, 0.0, 0.0)
-    assert max(changed) == 5  # fewer where a layer is drawn twice
-
-
 def test_the_committed_networks_are_cut_again(dense):
     graph, norms = dense
     rankings = {m: legr.Ranking.load(RESULTS / "rankings" / m / "ranking-0.json") for m in ("legr", "legr-ours")}

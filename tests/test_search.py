@@ -1,10 +1,7 @@
 """Algorithm 1: what it draws, that it can be interrupted, and that it may evaluate elsewhere."""
 
-import json
-import multiprocessing
-import random
-import signal
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,14 +16,13 @@ from legr.search import Evolution, SearchSettings, learn_ranking
 SHORT = SearchSettings(population=6, evaluations=15, sample=3)
 
 
-def told(evolution, until=None):
-    """Drive a search, with as many in flight as it may, by a cheap loss: how far log α is from a fixed direction."""
-    while not evolution.done and len(evolution.history) != until:
-        while (
-            len(evolution.pending) < evolution.settings.in_flight and evolution.asked < evolution.settings.evaluations
-        ):
-            evolution.ask()
-        candidate = evolution.pending[0]
+def told(evolution):
+    """All candidates of a search with a cheap loss: how far log α is from a fixed direction."""
+    waiting = deque()
+    while not evolution.done:
+        while len(waiting) < evolution.settings.in_flight and evolution.asked < evolution.settings.evaluations:
+            waiting.append(evolution.ask())
+        candidate = waiting.popleft()
         evolution.tell(candidate, float(np.abs(np.log(candidate.scale) - 0.5).sum()), 0.0)
     return evolution.candidates
 
@@ -34,7 +30,7 @@ def told(evolution, until=None):
 @pytest.fixture
 def norms():
     generator = torch.Generator().manual_seed(0)
-    return [torch.rand(8, generator=generator) * (i + 1) for i in range(30)]
+    return [torch.rand(8, generator=generator) * (i + 1) for i in range(55)]  # as many layers as ResNet-56 has
 
 
 def test_settings_are_the_papers_and_refused_where_they_make_no_sense():
@@ -48,16 +44,17 @@ def test_candidates_follow_algorithm_1(norms):
     evolution = Evolution(norms, SearchSettings(population=20, evaluations=200, sample=4))
     asked = told(evolution)
     assert len(asked) == 200
-    assert asked[19] == legr.Ranking.norm_only(30)
+    assert asked[19] == legr.Ranking.norm_only(55)
     scales = np.log([c.scale for c in asked[:19]])
     assert abs(scales.mean()) < 0.15
     assert abs(scales.std() - 1) < 0.1
     shifts = np.array([c.shift for c in asked[:19]]) / evolution.deviations
     assert abs(shifts.std() - 1) < 0.1
-    for i, child in enumerate(asked[20:], 20):  # a mutant differs from a living parent in at most 10% of the layers
+    changed = []  # a mutant differs from a living parent in int(0.1 · 55) layers; fewer where one is drawn twice
+    for i, child in enumerate(asked[20:], 20):
         parents = asked[i - 20 : i]
-        changed = min(sum(a != b for a, b in zip(child.scale, parent.scale, strict=True)) for parent in parents)
-        assert 1 <= changed <= 3
+        changed.append(min(sum(a != b for a, b in zip(child.scale, p.scale, strict=True)) for p in parents))
+    assert min(changed) >= 1 and max(changed) == 5
     losses = [row["loss"] for row in evolution.history]
     assert [row["best"] for row in evolution.history] == np.minimum.accumulate(losses).tolist()
     assert losses[asked.index(evolution.best)] == min(losses)
@@ -69,34 +66,22 @@ def test_a_loss_that_is_no_number_is_the_worst(norms):
     for loss in (float("nan"), 3.0, float("inf")):
         evolution.tell(evolution.ask(), loss, 0.0)
     assert evolution.best == evolution.candidates[1]
-    json.dumps(evolution.state(), allow_nan=False)  # as another program would read it
-
-
-@pytest.mark.parametrize("in_flight", [1, 2, 5])
-@pytest.mark.parametrize("stop", [1, 5, 6, 7, 14])
-def test_a_restored_search_goes_on_as_if_undisturbed(norms, in_flight, stop):
-    settings = SHORT.model_copy(update={"in_flight": in_flight})
-    whole, first, second = (Evolution(norms, settings) for _ in range(3))
-    told(first, until=stop)
-    second.restore(json.loads(json.dumps(first.state())))
-    assert second.asked == min(stop + in_flight - 1, 15)
-    assert told(second) == told(whole)
-    assert len(set(whole.candidates)) == 15
+    assert np.isfinite([row["loss"] for row in evolution.history]).all()
 
 
 def test_a_search_goes_on_from_a_ranking(norms):
-    start = legr.Ranking(tuple(range(1, 31)), (0.5,) * 30)
+    start = legr.Ranking(tuple(range(1, 56)), (0.5,) * 55)
     asked = told(Evolution(norms, SHORT, start))
     assert asked[0] == start
     for mutant in asked[1:5]:
-        assert 1 <= sum(a != b for a, b in zip(mutant.scale, start.scale, strict=True)) <= 3
-    assert asked[5] == legr.Ranking.norm_only(30)
+        assert 1 <= sum(a != b for a, b in zip(mutant.scale, start.scale, strict=True)) <= 5
+    assert asked[5] == legr.Ranking.norm_only(55)
     assert len(set(asked)) == 15
 
 
 def learned(small, digits, compute, folder=None, log=None, flops=0.6, submit=None, floor=0.1, fitness=None, **search):
     """A search with networks: its ranking, its candidates and what it measured."""
-    settings = SearchSettings(**{"population": 3, "evaluations": 6, "sample": 2} | search)
+    settings = SearchSettings(**{"population": 4, "evaluations": 7, "sample": 2} | search)
     fitness = FitnessSettings(**{"validation_images": 64} | (fitness or {}))
     options = {"compute": compute, "floor": floor, "state_folder": folder, "submit": submit, "log": log}
     result = learn_ranking(*small, digits, flops, search=settings, fitness=fitness, **options)
@@ -106,63 +91,37 @@ def learned(small, digits, compute, folder=None, log=None, flops=0.6, submit=Non
 @pytest.mark.parametrize(
     ("fitness", "in_flight"), [({}, 1), ({"recalibration_images": 32}, 3), ({"steps": 2, "batch_size": 16}, 1)]
 )
-def test_an_interrupted_search_ends_with_the_same_ranking(small, digits, compute, tmp_path, fitness, in_flight):
-    def stop(row):
-        if row["evaluation"] == 4:
+def test_interrupted_at_every_network_it_ends_with_the_same_ranking(
+    small, digits, compute, tmp_path, monkeypatch, fitness, in_flight
+):
+    judge, judged, at_most = Fitness.__call__, [], 100
+
+    def interrupted(self, networks):
+        if len(judged) == at_most:
             raise KeyboardInterrupt
+        judged.append(networks)
+        return judge(self, networks)
 
-    options, seen = {"fitness": fitness, "in_flight": in_flight}, []
-    with pytest.raises(KeyboardInterrupt):
-        learned(small, digits, compute, tmp_path, stop, **options)
-    resumed = learned(small, digits, compute, tmp_path, seen.append, **options)
-    assert [row["evaluation"] for row in seen] == [5, 6]
-    assert resumed == learned(small, digits, compute, **options)
-    learned(small, digits, compute, tmp_path, seen.append, **options)
-    assert len(seen) == 2  # what is done is not done again
-    learned(small, digits, compute, tmp_path, seen.append, **options, floor=0.2)
-    assert len(seen) == 8  # what depends on something else is
-    for path, spoilt in zip(tmp_path.iterdir(), ('{"generator": {}, "history": []', "{}"), strict=True):
-        path.write_text(spoilt)
-    with pytest.raises(legr.UserError, match="search state .* is corrupt; delete it"):
-        learned(small, digits, compute, tmp_path, **options)
+    def search(folder=tmp_path, **options):
+        judged.clear()
+        return learned(small, digits, compute, folder, fitness=fitness, in_flight=in_flight, **options)
 
-
-def test_killed_at_random_moments_it_ends_with_the_same_ranking(small, digits, compute, tmp_path):
-    def learn(folder, told):
-        torch.set_num_threads(1)
-        options = {"population": 5, "evaluations": 30, "in_flight": 2}
-        ranking, *_ = learned(small, digits, compute, folder, lambda row: told.send(row["evaluation"]), **options)
-        ranking.save(folder / "ranking.json")
-
-    def run(folder, last=30, seconds=0.0):
-        """The first evaluation that it did; killed some time after its `last`."""
-        mine, theirs = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("fork").Process(target=learn, args=(folder, theirs))
-        process.start()
-        theirs.close()
-        first = evaluation = mine.recv()
-        while evaluation < last:
-            evaluation = mine.recv()
-        if last < 30:
-            time.sleep(seconds)
-            process.kill()
-        process.join(60)
-        assert process.exitcode == (-signal.SIGKILL if last < 30 else 0)
-        return first
-
-    seed = random.SystemRandom().randrange(1 << 30)
-    print(f"moments drawn with seed {seed}")
-    moments, threads = random.Random(seed), torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    try:
-        assert run(tmp_path / "whole") == 1
-        assert run(tmp_path / "killed", last=4, seconds=moments.uniform(0, 0.015)) == 1
-        assert run(tmp_path / "killed", last=12, seconds=moments.uniform(0, 0.015)) >= 5
-        assert run(tmp_path / "killed") >= 13
-    finally:
-        torch.set_num_threads(threads)
-    whole, killed = ((tmp_path / folder / "ranking.json").read_bytes() for folder in ("whole", "killed"))
-    assert whole == killed
+    monkeypatch.setattr(Fitness, "__call__", interrupted)
+    expected = search(None)
+    networks, at_most = len(judged), 1
+    for _ in range(networks - 1):
+        with pytest.raises(KeyboardInterrupt):
+            search()
+    assert search() == expected and len(judged) == 1
+    at_most = 0
+    assert search() == expected  # what is done is not done again
+    with pytest.raises(KeyboardInterrupt):  # what depends on something else is
+        search(floor=0.2)
+    (path,) = tmp_path.iterdir()
+    for spoilt in (b"", b'{"a": {"loss": 1.0', b'{"a": {"loss": 1.0}}', b"[1]", b"\xff"):
+        path.write_bytes(spoilt)
+        with pytest.raises(legr.UserError, match="search state .* is corrupt; delete it"):
+            search()
 
 
 def test_a_network_that_comes_again_is_evaluated_once(small, digits, compute):

@@ -40,15 +40,11 @@ def test_a_pruned_network_is_pruned_again_and_another_is_not(small):
         legr.prune(nn.Conv2d(3, 3, 1), graph, kept)
 
 
-def test_a_pruned_networks_weights_come_back_into_it_alone(network, tmp_path):
+def test_a_pruned_networks_weights_come_back_into_it(network, tmp_path):
     graph = legr.trace(network, torch.zeros(1, 3, 32, 32))
-    small, other, dense = (legr.prune(network, graph, random_kept(graph, 1, share)) for share in (0.5, 0.3, 1.0))
+    small, again = (legr.prune(network, graph, random_kept(graph, 1)) for _ in range(2))
     save_weights(small, tmp_path / "small.safetensors")
-    expected = {name: t.half().float() if t.dim() > 1 else t.clone() for name, t in small.state_dict().items()}
-    for tensor in [*small.parameters(), *small.buffers()]:
-        tensor.data.zero_()
-    load_weights(small, tmp_path / "small.safetensors")
-    assert all(torch.equal(expected[name], tensor) for name, tensor in small.state_dict().items())
-    for wrong in (other, dense):
-        with pytest.raises(legr.UserError, match=r"^weights file .* can't be loaded into .*size mismatch.*$"):
-            load_weights(wrong, tmp_path / "small.safetensors")
+    nn.init.zeros_(again.get_submodule(graph.layers[0].name).weight)
+    load_weights(again, tmp_path / "small.safetensors")
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(again(x), small(x), rtol=0.01, atol=0.01)  # at half precision
