@@ -12,7 +12,7 @@ import torch
 from benchmarks.apart import side_by_side
 from benchmarks.networks import flops, write_table
 from benchmarks.procedures import EXAMPLE, FRACTION, dense_network, evaluation, pruning, structure, training
-from experiments.environment import KEEP_MEMORY
+from experiments import KEEP_MEMORY
 from legr.files import write_json, write_text
 from legr.training import Compute
 
