@@ -20,7 +20,7 @@ from experiments.work import recalibrated_accuracy
 from legr.files import UserError
 from legr.search import norm_deviations
 
-LATENCY, ACCURACY = "latency (ms)", "accuracy, fine-tuned (%)"
+ACCURACY = "accuracy, fine-tuned (%)"
 
 
 class Cut(NamedTuple):
@@ -46,10 +46,11 @@ class Explorer(widgets.VBox):
             table, times = (pd.read_csv(exp.path(f"compare/{name}.csv")) for name in ("tradeoff", "latency"))
         except FileNotFoundError as error:
             raise UserError(f"results file {error.filename} does not exist; run the pipeline (dvc repro)") from None
-        times = times[times.method.isin([method, "dense"]) & (times.batch == times.batch.max())]
+        batch = times.batch.max()
+        times = times[times.method.isin([method, "dense"]) & (times.batch == batch)].groupby("flops").latency_ms.mean()
         accuracy = 100 * table[table.method == method].groupby("flops").accuracy.mean()
         accuracy[self.graph.flops()] = 100 * exp.dense["accuracy"]
-        self.measured = {LATENCY: times.groupby("flops").latency_ms.mean(), ACCURACY: accuracy}
+        self.measured = {f"latency, batch {batch} (ms)": times, ACCURACY: accuracy}
 
         wide = widgets.Layout(width="98%")
         layers = [(f"{i}: {layer.name} ({layer.width})", i - 1) for i, layer in enumerate(self.graph.layers, 1)]

@@ -24,7 +24,7 @@ class _Renderer(IPythonRenderer):
     """nbconvert's, but TeX becomes MathML, which browsers draw without a script."""
 
     def block_math(self, body: str) -> str:
-        return convert(body, "block")
+        return convert(body, display="block")
 
     def inline_math(self, body: str) -> str:
         return convert(body)
@@ -36,12 +36,13 @@ def build(results: Path, names: list[str]) -> None:
     Raises:
         UserError: an experiment has none.
     """
+    renderer = _Renderer(escape=False, exclude_anchor_links=True)
     exporter = HTMLExporter(
         template_file="folded.html.j2",
         extra_loaders=[DictLoader({"folded.html.j2": FOLDED})],
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        filters={"markdown2html": MarkdownWithMath(renderer=_Renderer(escape=False)).render},
+        filters={"markdown2html": MarkdownWithMath(renderer=renderer).render},
     )
     experiments = {}
     for name in names:
