@@ -1,7 +1,6 @@
 """All figures: one style, each with a line that says which run it shows."""
 
 import base64
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -12,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +26,7 @@ plt.rcParams |= {
     "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it, and it has every sign used
     "font.size": 12, "axes.titlesize": 12, "legend.fontsize": 11, "xtick.major.pad": 6, "ytick.major.pad": 6,
     "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True, "savefig.dpi": 160,
+    "axes.grid.which": "both", "axes.formatter.min_exponent": 4,  # plain numbers along logarithmic axes
     "svg.hashsalt": "legr",
 }  # fmt: skip
 
@@ -65,17 +65,6 @@ def _legend(figure: Figure) -> Figure:
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, [LABELS.get(name, name) for name in names], loc="outside upper center", ncols=3)
     return figure
-
-
-def _losses(ax: Axes, which: str, values: pd.Series) -> None:
-    """Scale an axis ("x" or "y") of positive values: logarithmic where they span a wide range; plain numbers."""
-    axis, span = getattr(ax, f"{which}axis"), max(values) / min(values)
-    if span > 4:
-        ax.set(**{f"{which}scale": "log"})
-        steps = (1, 1.5, 2, 3, 5, 7) if span < 20 else (1, 2, 5) if span < 200 else (1,)
-        axis.set_major_locator(LogLocator(subs=steps))
-        axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:g}")
 
 
 def _curves(ax: Axes, points: pd.DataFrame) -> None:
@@ -120,8 +109,7 @@ def _progress(ax: Axes, histories: Sequence[pd.DataFrame], method: str) -> None:
         labels = ("candidate", "best so far") if trial == 0 else (None, None)
         ax.plot(history.evaluation, history.loss, ".", color=COLORS[method], alpha=0.4, mew=0, label=labels[0])
         ax.plot(history.evaluation, history.best, color=COLORS[method], lw=2, label=labels[1])
-    ax.set(xlabel="evaluation", ylabel="loss", xlim=(0.5, len(histories[0]) + 0.5))
-    _losses(ax, "y", pd.concat(histories).loss)
+    ax.set(xlabel="evaluation", ylabel="loss", xlim=(0.5, len(histories[0]) + 0.5), yscale="log")
 
 
 def search(histories: Sequence[pd.DataFrame], method: str, population: int, caption: str) -> Figure:
@@ -148,7 +136,8 @@ def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, capt
         ax.axhline(norm_only, color=COLORS["norm"], ls="--", lw=1, label="norm-only (α = 1, κ = 0)")
         ax.set(ylabel=label, xlabel="prunable layer, in execution order")
         ax.label_outer()
-    _losses(axes[0, 0], "y", data.scale)
+    axes[0, 0].set(yscale="log")
+    axes[0, 0].minorticks_off()
     return _legend(figure)
 
 
@@ -192,20 +181,19 @@ def search_movie(
     figure.set_layout_engine("none")  # the layout is settled; solving it again for every frame is slow
     images = []
     for i in np.unique(np.linspace(0, len(history) - 1, frames).round().astype(int)):
-        row, best = history.iloc[i], history.loss[: i + 1].argmin()
         now.set_ydata(tried[i])
-        dot.set_data([row.evaluation], [row.loss])
-        for bar, width in zip(best_bars, tried[best], strict=True):
+        dot.set_data([history.evaluation[i]], [history.loss[i]])
+        for bar, width in zip(best_bars, tried[history.loss[: i + 1].argmin()], strict=True):
             bar.set_height(width)
-        title.set_text(f"{LABELS[method]} · evaluation {int(row.evaluation)} · best loss {row.best:.3f}")
+        title.set_text(f"{LABELS[method]} · evaluation {history.evaluation[i]} · best loss {history.best[i]:.3f}")
         figure.canvas.draw()
         images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(64))
     plt.close(figure)
     with atomic(f"{path}.gif") as temporary:
         pauses = [120] * (len(images) - 1) + [2500]  # milliseconds
         images[0].save(temporary, "GIF", save_all=True, append_images=images[1:], duration=pauses, loop=0)
-        content = temporary.read_bytes()
-    return f'<img alt="the search, animated" src="data:image/gif;base64,{base64.b64encode(content).decode()}">'
+        content = base64.b64encode(temporary.read_bytes()).decode()
+    return f'<img alt="the search, animated" src="data:image/gif;base64,{content}">'
 
 
 def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], papers: pd.DataFrame | None, caption: str) -> Figure:
@@ -236,20 +224,19 @@ def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, capt
     """Each fitness (column) against the accuracy after the same short fine-tuning, at each target (row)."""
     import seaborn
 
-    kinds, targets = list(correlations.fitness.unique()), sorted(table.target.unique(), reverse=True)
-    shape = {"rows": len(targets), "columns": len(kinds)}
-    figure, axes = _figure(table, caption, 4 * len(kinds), 3.8 * len(targets) + 0.6, **shape)
+    rows, columns = correlations.target.nunique(), correlations.fitness.nunique()
+    figure, axes = _figure(table, caption, 4 * columns, 3.8 * rows + 0.6, rows, columns)
     looks = {"hue": "source", "palette": COLORS, "style": "source", "markers": MARKERS, "s": 70}
-    table = table.assign(percent=100 * table.accuracy)
-    found = correlations.set_index(["target", "fitness"]).spearman
-    for ax, (target, kind) in zip(axes.flat, itertools.product(targets, kinds), strict=True):
-        part = table[table.target == target]
-        seaborn.scatterplot(part, x=kind, y="percent", ax=ax, **looks)
+    panels = correlations.sort_values("target", ascending=False, kind="stable").itertuples()
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        part = table[table.target == panel.target].assign(percent=lambda t: 100 * t.accuracy)
+        seaborn.scatterplot(part, x=panel.fitness, y="percent", ax=ax, **looks)
         ax.legend_.remove()  # one for all, above
-        ax.errorbar(part[kind], part.percent, 100 * part.deviation, ls="none", ecolor=PAPER, zorder=0)
-        _losses(ax, "x", part[kind])
-        ax.set(xlabel=f"loss, {kind}", ylabel=f"test accuracy (%), {steps} steps" if kind == kinds[0] else "")
-        ax.set_title(f"{target:.0%} FLOPs · Spearman ρ = {found[target, kind]:.2f}".replace("-", "−"), fontsize=11)
+        ax.errorbar(part[panel.fitness], part.percent, 100 * part.deviation, ls="none", ecolor=PAPER, zorder=0)
+        ax.set(xscale="log", xlabel=f"loss, {panel.fitness}", ylabel="")
+        title = f"{panel.target:.0%} FLOPs · Spearman ρ = {panel.spearman:.2f}"
+        ax.set_title(title.replace("-", "−"), fontsize=11)
+    figure.supylabel(f"test accuracy (%), {steps} steps", fontsize=12)
     return _legend(figure)
 
 
