@@ -89,16 +89,14 @@ def bars(ax: Axes, dense: Sequence[int], kept: Sequence[int], method: str, label
 def training(history: pd.DataFrame, caption: str) -> Figure:
     """Accuracy and learning rate over epochs, from the rows of `training.train`."""
     figure, axes = _figure(history.drop(columns="seconds", errors="ignore"), caption, 10, 3.8, columns=2)
-    left, right = axes[0]
-    marker = "o" if len(history) < 10 else None
-    lines = {"train_accuracy": (PAPER, "training images (augmented)"), "val_accuracy": (DENSE, "held-out images")}
-    for column, (color, label) in lines.items():
-        if column in history:
-            left.plot(history.epoch, 100 * history[column], color=color, label=label, marker=marker)
+    names = {"train_accuracy": "training images (augmented)", "val_accuracy": "held-out images"}
+    colors = dict(zip(names.values(), (PAPER, DENSE), strict=True))
+    options = {"marker": "o" if len(history) < 10 else None, "legend": False}
+    accuracy = 100 * history.set_index("epoch").filter(names).rename(columns=names)
+    accuracy.plot(ax=axes[0, 0], color=colors, ylabel="accuracy (%)", **options)
     if "lr" in history:
-        right.plot(history.epoch, history.lr, color=PAPER, marker=marker)
-    for ax, label in ((left, "accuracy (%)"), (right, "learning rate")):
-        ax.set(xlabel="epoch", ylabel=label)
+        history.plot("epoch", "lr", ax=axes[0, 1], color=PAPER, ylabel="learning rate", **options)
+    for ax in axes[0]:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _legend(figure)
 

@@ -86,8 +86,6 @@ def test_the_explorer_answers_in_jupyterlab(done, lab, browser):
         page.wait_for_timeout(1000)
         assert picture.evaluate("image => image.naturalWidth") > 500
         assert numbers.inner_text() != said
-        if folder := os.environ.get("LEGR_SCREENSHOTS"):
-            page.screenshot(path=f"{folder}/explorer.png")
     finally:
         page.close()
         notebook.write_text(before)
