@@ -9,8 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -19,15 +20,19 @@ from legr.files import atomic, write_text
 from legr.graph import Graph
 from legr.ranking import Ranking
 
-# matplotlib's copy of seaborn's style: importing seaborn itself takes seconds, in every stage.
-plt.style.use(["seaborn-v0_8-whitegrid", "seaborn-v0_8-notebook"])
+# matplotlib's copy of seaborn's style. seaborn itself is imported where it draws: it takes a second, in every stage.
+plt.style.use("seaborn-v0_8-whitegrid")
 plt.rcParams |= {
     "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it, and it has every sign used
-    "font.size": 13, "axes.labelsize": 13, "axes.titlesize": 13, "xtick.labelsize": 12, "ytick.labelsize": 12,
-    "legend.fontsize": 11, "figure.dpi": 100, "savefig.dpi": 160, "figure.constrained_layout.use": True,
-    "svg.hashsalt": "legr", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "figure.facecolor": "white",
+    "font.size": 12, "axes.titlesize": 12, "legend.fontsize": 11, "xtick.major.pad": 6, "ytick.major.pad": 6,
+    "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True, "savefig.dpi": 160,
+    "axes.grid.which": "both", "axes.formatter.min_exponent": 4,  # plain numbers along logarithmic axes
+    "svg.hashsalt": "legr",
 }  # fmt: skip
+
+LABELS = {name: method.label for name, method in METHODS.items()} | {"random": "random ranking"}
+COLORS = {name: method.color for name, method in METHODS.items()} | {"random": PAPER}
+MARKERS = {name: method.marker for name, method in METHODS.items()} | {"random": "X"}
 
 
 def save(figure: Figure, path: str | Path) -> Figure:
@@ -42,12 +47,12 @@ def save(figure: Figure, path: str | Path) -> Figure:
 
 def interval(values: pd.Series) -> float:
     """Half the width of the mean's 95% interval (Student's t); NaN for a single value."""
-    from scipy.stats import t
+    from scipy.stats import sem, t
 
-    return float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan
+    return float(t.ppf(0.975, len(values) - 1) * sem(values)) if len(values) > 1 else np.nan
 
 
-def _figure(data: pd.DataFrame, caption: str, columns: int = 1, width: float = 7.0, height: float = 4.2, rows: int = 1):
+def _figure(data: pd.DataFrame, caption: str, width: float, height: float, rows: int = 1, columns: int = 1):
     """Axes [rows, columns] on a figure that carries the numbers it shows (`.data`) and says which run they are of."""
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
     figure.data = data
@@ -55,93 +60,97 @@ def _figure(data: pd.DataFrame, caption: str, columns: int = 1, width: float = 7
     return figure, axes
 
 
-def _losses(ax: Axes, which: str, values: pd.Series) -> None:
-    """Scale an axis ("x" or "y") of positive values: logarithmic where they span a wide range; plain numbers."""
-    axis = getattr(ax, f"{which}axis")
-    if max(values) > 4 * min(values) > 0:
-        ax.set(**{f"{which}scale": "log"})
-        span = max(values) / min(values)
-        steps = (1, 1.5, 2, 3, 5, 7) if span < 20 else (1, 2, 5) if span < 200 else (1,)
-        axis.set_major_locator(LogLocator(subs=steps))
-        axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:g}")
+def _legend(figure: Figure) -> Figure:
+    """Name what the first axes show, above all of them."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, [LABELS.get(name, name) for name in names], loc="outside upper center", ncols=3)
+    return figure
+
+
+def _curves(ax: Axes, points: pd.DataFrame) -> None:
+    """A curve for each method; `points`: columns method, x, y, and the lengths `below` and `above` of error bars."""
+    methods = [name for name in METHODS if name in set(points.method)]
+    for place, name in enumerate(methods):
+        part = points[points.method == name].sort_values("x")
+        looks = {"color": COLORS[name], "marker": MARKERS[name], "label": LABELS[name]}
+        rim = 1.5 * (len(methods) - 1 - place)  # a curve is thinner than those under it: all show
+        ax.errorbar(part.x, part.y, (part.below, part.above), lw=2 + rim / 2, ms=6 + rim, capsize=3, **looks)
+
+
+def bars(ax: Axes, dense: Sequence[int], kept: Sequence[int], method: str, label: str = "kept") -> BarContainer:
+    """Filters left in each layer, in the method's colour over the dense network's in grey; returns the former."""
+    layers = range(1, len(dense) + 1)
+    ax.bar(layers, dense, color="#E3E3E3", width=0.9, label="dense")
+    ax.set(xlabel="prunable layer, in execution order", ylabel="filters", xlim=(0.3, len(dense) + 0.7))
+    ax.grid(visible=False, axis="x")
+    return ax.bar(layers, kept, color=COLORS[method], width=0.9, label=label)
 
 
 def training(history: pd.DataFrame, caption: str) -> Figure:
     """Accuracy and learning rate over epochs, from the rows of `training.train`."""
-    figure, axes = _figure(history.drop(columns="seconds", errors="ignore"), caption, 2, 10, 3.8)
-    left, right = axes[0]
-    marker = "o" if len(history) < 10 else None
-    lines = {"train_accuracy": (PAPER, "training images (augmented)"), "val_accuracy": (DENSE, "held-out images")}
-    for column, (color, label) in lines.items():
-        if column in history:
-            left.plot(history.epoch, 100 * history[column], color=color, label=label, marker=marker)
-    left.set(xlabel="epoch", ylabel="accuracy (%)")
-    left.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    figure, axes = _figure(history.drop(columns="seconds", errors="ignore"), caption, 10, 3.8, columns=2)
+    names = {"train_accuracy": "training images (augmented)", "val_accuracy": "held-out images"}
+    colors = dict(zip(names.values(), (PAPER, DENSE), strict=True))
+    options = {"marker": "o" if len(history) < 10 else None, "legend": False}
+    accuracy = 100 * history.set_index("epoch").filter(names).rename(columns=names)
+    accuracy.plot(ax=axes[0, 0], color=colors, ylabel="accuracy (%)", **options)
     if "lr" in history:
-        right.plot(history.epoch, history.lr, color=PAPER, marker=marker)
-    right.set(xlabel="epoch", ylabel="learning rate")
-    for ax in (left, right):
+        history.plot("epoch", "lr", ax=axes[0, 1], color=PAPER, ylabel="learning rate", **options)
+    for ax in axes[0]:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
+    return _legend(figure)
+
+
+def _progress(ax: Axes, histories: Sequence[pd.DataFrame], method: str) -> None:
+    """Each trial's candidates and the best loss so far over evaluations."""
+    for trial, history in enumerate(histories):
+        labels = ("candidate", "best so far") if trial == 0 else (None, None)
+        ax.plot(history.evaluation, history.loss, ".", color=COLORS[method], alpha=0.4, mew=0, label=labels[0])
+        ax.plot(history.evaluation, history.best, color=COLORS[method], lw=2, label=labels[1])
+    ax.set(xlabel="evaluation", ylabel="loss", xlim=(0.5, len(histories[0]) + 0.5), yscale="log")
 
 
 def search(histories: Sequence[pd.DataFrame], method: str, population: int, caption: str) -> Figure:
     """Each trial's candidates and the best loss so far over evaluations; norm-only's loss as a line."""
     together = pd.concat([h.assign(trial=trial) for trial, h in enumerate(histories)])
-    figure, axes = _figure(together[["trial", "evaluation", "loss", "best"]], caption)
-    ax, color = axes[0, 0], METHODS[method].color
-    for trial, history in enumerate(histories):
-        first = trial == 0
-        label = "candidate" if first else None
-        ax.scatter(history.evaluation, history.loss, s=10, color=color, alpha=0.4, label=label, linewidths=0)
-        ax.plot(history.evaluation, history.best, color=color, lw=2, label="best so far" if first else None)
-    norm = histories[0].loss[population - 1]
-    ax.axhline(norm, color=METHODS["norm"].color, ls="--", lw=1.2, label=f"norm-only ({norm:.2f})")
+    figure, axes = _figure(together[["trial", "evaluation", "loss", "best"]], caption, 7, 4.2)
+    ax, norm = axes[0, 0], histories[0].loss[population - 1]
+    _progress(ax, histories, method)
+    ax.axhline(norm, color=COLORS["norm"], ls="--", lw=1.2, label=f"norm-only ({norm:.2f})")
     ax.axvspan(0.5, population + 0.5, color="#000000", alpha=0.05, lw=0)
     ax.set(xlabel="evaluation (shaded: initial population)", ylabel="loss on held-out images")
-    ax.set(xlim=(0.5, len(histories[0]) + 0.5))
-    _losses(ax, "y", together.loss)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)  # points are everywhere inside
-    return figure
+    return _legend(figure)
 
 
 def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, caption: str) -> Figure:
     """The learned α (log scale) and κ (in deviations of the layer's norms) of each layer."""
-    layers = range(1, len(ranking.scale) + 1)
-    shift = [k / s for k, s in zip(ranking.shift, deviations, strict=True)]
-    data = pd.DataFrame({"layer": layers, "scale": ranking.scale, "shift": ranking.shift, "shift_over_s": shift})
-    figure, axes = _figure(data, caption, 1, 9, 5, rows=2)
-    color, norm = METHODS[method].color, METHODS["norm"].color
-    for ax, values, base, label in (
-        (axes[0, 0], ranking.scale, 1, "scale α"),
-        (axes[1, 0], shift, 0, "shift κ / s"),
-    ):
-        ax.vlines(layers, base, values, color=color)
-        ax.plot(layers, values, "o", ms=4, color=color)
-        ax.axhline(base, color=norm, ls="--", lw=1, label="norm-only (α = 1, κ = 0)")
-        ax.set(ylabel=label)
-    _losses(axes[0, 0], "y", ranking.scale)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right")
-    axes[1, 0].set(xlabel="prunable layer, in execution order")
-    return figure
+    data = pd.DataFrame({"layer": range(1, len(ranking.scale) + 1), "scale": ranking.scale, "shift": ranking.shift})
+    data["shift_over_s"] = data["shift"] / np.asarray(deviations)
+    figure, axes = _figure(data, caption, 9, 5, rows=2)
+    panels = ("scale", 1, "scale α"), ("shift_over_s", 0, "shift κ / s")
+    for ax, (column, norm_only, label) in zip(axes[:, 0], panels, strict=True):
+        stems = ax.stem(data.layer, data[column], COLORS[method], markerfmt="o", basefmt=" ", bottom=norm_only)
+        stems.markerline.set(markersize=4)
+        ax.axhline(norm_only, color=COLORS["norm"], ls="--", lw=1, label="norm-only (α = 1, κ = 0)")
+        ax.set(ylabel=label, xlabel="prunable layer, in execution order")
+        ax.label_outer()
+    axes[0, 0].set(yscale="log")
+    axes[0, 0].minorticks_off()
+    return _legend(figure)
 
 
 def widths(graph: Graph, kept: Mapping[str, Sequence[Tensor]], caption: str) -> Figure:
     """Filters left in each layer, a panel for each entry of `kept` ("method" or "method at 47%"), over the dense."""
-    layers = range(1, len(graph.layers) + 1)
-    data = pd.DataFrame({"layer": layers, "name": [layer.name for layer in graph.layers], "dense": graph.widths})
-    data = data.assign(**{name: [int(m.sum()) for m in masks] for name, masks in kept.items()})
-    figure, axes = _figure(data, caption, 1, 9, 1.9 * len(kept) + 0.6, rows=len(kept))
+    columns = {"name": [layer.name for layer in graph.layers], "dense": graph.widths}
+    columns |= {name: [int(mask.sum()) for mask in masks] for name, masks in kept.items()}
+    data = pd.DataFrame(columns, index=pd.RangeIndex(1, len(graph.layers) + 1, name="layer")).reset_index()
+    figure, axes = _figure(data, caption, 9, 1.9 * len(kept) + 0.6, rows=len(kept))
     for ax, (name, masks) in zip(axes[:, 0], kept.items(), strict=True):
         method, _, target = name.partition(" ")
-        ax.bar(layers, graph.widths, color="#E3E3E3", width=0.9)
-        ax.bar(layers, data[name], color=METHODS[method].color, width=0.9)
-        ax.set(ylabel="filters", xlim=(0.3, len(graph.layers) + 0.7))
-        ax.grid(visible=False, axis="x")
-        title = f"{METHODS[method].label} {target} · {graph.flops(masks) / 1e6:.1f} MFLOPs (grey: dense)"
+        bars(ax, data.dense, data[name], method)
+        title = f"{LABELS[method]} {target} · {graph.flops(masks) / 1e6:.1f} MFLOPs (grey: dense)"
         ax.set_title(title, loc="left", fontsize=11)
-    axes[-1, 0].set_xlabel("prunable layer, in execution order")
+        ax.label_outer()
     return figure
 
 
@@ -160,37 +169,29 @@ def search_movie(
         An HTML image element that holds the GIF.
     """
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 4.4), dpi=72, height_ratios=(2, 1))
-    layers, color = range(1, len(graph.layers) + 1), METHODS[method].color
-    top.bar(layers, graph.widths, color="#E3E3E3", width=0.9, label="dense")
-    best_bars = top.bar(layers, graph.widths, color=color, width=0.9, label="best so far")
-    (now,) = top.plot(layers, graph.widths, "_", color="#000000", ms=6, mew=1.5, label="on trial")
-    top.set(xlabel="prunable layer, in execution order", ylabel="filters", xlim=(0.3, len(graph.layers) + 0.7))
-    top.grid(visible=False, axis="x")
+    best_bars = bars(top, graph.widths, graph.widths, method, "best so far")
+    (now,) = top.plot(range(1, len(graph.layers) + 1), graph.widths, "_k", ms=6, mew=1.5, label="on trial")
     top.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     title = top.set_title(" ", loc="left", fontsize=10)
-    bottom.plot(history.evaluation, history.loss, ".", color=color, alpha=0.3, ms=4, mew=0)
-    bottom.plot(history.evaluation, history.best, color=color, lw=1.5)
-    (dot,) = bottom.plot([], [], "o", color="#000000", ms=5)
-    bottom.set(xlabel="evaluation", ylabel="loss", xlim=(0.5, len(history) + 0.5))
-    _losses(bottom, "y", history.loss)
+    _progress(bottom, [history], method)
+    (dot,) = bottom.plot([], [], "ok", ms=5)
     figure.canvas.draw()
     figure.set_layout_engine("none")  # the layout is settled; solving it again for every frame is slow
-    images, last = [], len(history) - 1
-    for i in sorted({round(last * k / (frames - 1)) for k in range(frames)}):
-        row, best = history.iloc[i], int(history.loss[: i + 1].argmin())
+    images = []
+    for i in np.unique(np.linspace(0, len(history) - 1, frames).round().astype(int)):
         now.set_ydata(tried[i])
-        dot.set_data([row.evaluation], [row.loss])
-        for bar, width in zip(best_bars, tried[best], strict=True):
+        dot.set_data([history.evaluation[i]], [history.loss[i]])
+        for bar, width in zip(best_bars, tried[history.loss[: i + 1].argmin()], strict=True):
             bar.set_height(width)
-        title.set_text(f"{METHODS[method].label} · evaluation {int(row.evaluation)} · best loss {row.best:.3f}")
+        title.set_text(f"{LABELS[method]} · evaluation {history.evaluation[i]} · best loss {history.best[i]:.3f}")
         figure.canvas.draw()
         images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(64))
     plt.close(figure)
     with atomic(f"{path}.gif") as temporary:
         pauses = [120] * (len(images) - 1) + [2500]  # milliseconds
         images[0].save(temporary, "GIF", save_all=True, append_images=images[1:], duration=pauses, loop=0)
-        content = temporary.read_bytes()
-    return f'<img alt="the search, animated" src="data:image/gif;base64,{base64.b64encode(content).decode()}">'
+        content = base64.b64encode(temporary.read_bytes()).decode()
+    return f'<img alt="the search, animated" src="data:image/gif;base64,{content}">'
 
 
 def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], papers: pd.DataFrame | None, caption: str) -> Figure:
@@ -200,81 +201,54 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], papers: pd.DataFra
         table: columns method, target, trial, flops, accuracy, accuracy_recalibrated.
         papers: columns network, mflops, accuracy_percent of the paper's networks; None where other images were used.
     """
-    figure, axes = _figure(table.drop(columns=["widths"], errors="ignore"), caption, 2, 11, 5)
-    methods = [m for m in METHODS.values() if m.name in set(table.method)]
-    for ax, column, title in zip(
-        axes[0],
-        ("accuracy", "accuracy_recalibrated"),
-        ("after fine-tuning", "before: BatchNorm recalibrated, weights as they were"),
-        strict=True,
-    ):
-        for order, method in enumerate(methods):  # each curve is thinner than those under it: all show
-            groups = table[table.method == method.name].groupby("target")
-            x, y = groups.flops.mean() / 1e6, 100 * groups[column].mean()
-            rim = 1.5 * (len(methods) - 1 - order)
-            ax.errorbar(
-                x, y, 100 * groups[column].agg(interval).fillna(0), color=method.color, marker=method.marker,
-                label=method.label, lw=2 + rim / 2, ms=6 + rim, capsize=3,
-            )  # fmt: skip
+    figure, axes = _figure(table.drop(columns="widths", errors="ignore"), caption, 11, 5, columns=2)
+    groups = table.groupby(["method", "target"])
+    titles = {"accuracy": "after fine-tuning", "accuracy_recalibrated": "before: BatchNorm recalibrated only"}
+    for ax, (column, title) in zip(axes[0], titles.items(), strict=True):
+        points = pd.DataFrame({"x": groups.flops.mean() / 1e6, "y": 100 * groups[column].mean()})
+        points["below"] = points["above"] = 100 * groups[column].agg(interval)
+        _curves(ax, points.reset_index())
         ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], "D", color=DENSE, label="dense")
-        ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)")
-        ax.set_title(title, fontsize=12)
+        ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title)
     if papers is not None:
         axes[0, 0].plot(papers.mflops, papers.accuracy_percent, "x", color=PAPER, mew=2, label="paper")
+        offset = {"textcoords": "offset points", "fontsize": 8, "color": "#555555"}
         for row in papers.itertuples():
-            offset = {"textcoords": "offset points", "fontsize": 8, "color": "#555555"}
             axes[0, 0].annotate(row.network, (row.mflops, row.accuracy_percent), (5, 4), **offset)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure
+    return _legend(figure)
 
 
 def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, caption: str) -> Figure:
     """Each fitness (column) against the accuracy after the same short fine-tuning, at each target (row)."""
-    import seaborn as sns
+    import seaborn
 
-    kinds, targets = list(correlations.fitness.unique()), sorted(table.target.unique(), reverse=True)
-    figure, axes = _figure(table, caption, len(kinds), 4 * len(kinds), 3.8 * len(targets) + 0.6, len(targets))
-    colors = {name: method.color for name, method in METHODS.items()} | {"random": PAPER}
-    markers = {name: method.marker for name, method in METHODS.items()} | {"random": "X"}
-    spearman = correlations.set_index(["target", "fitness"]).spearman
-    for row, target in zip(axes, targets, strict=True):
-        part = table[table.target == target].assign(percent=lambda t: 100 * t.accuracy)
-        for ax, kind in zip(row, kinds, strict=True):
-            sns.scatterplot(
-                part, x=kind, y="percent", hue="source", palette=colors, style="source", markers=markers, s=50, ax=ax,
-                legend=False,
-            )  # fmt: skip
-            ax.errorbar(part[kind], part.percent, 100 * part.deviation.fillna(0), ls="none", ecolor=PAPER, zorder=0)
-            _losses(ax, "x", part[kind])
-            ax.set(xlabel=f"loss, {kind}", ylabel="")
-            ax.set_title(
-                f"{target:.0%} FLOPs · Spearman ρ = {spearman[target, kind]:.2f}".replace("-", "−"), fontsize=11
-            )
-        row[0].set_ylabel(f"test accuracy (%), {steps} steps")
-    shown = [s for s in markers if s in set(table.source)]
-    marks = [plt.Line2D([], [], color=colors[s], marker=markers[s], ls="none") for s in shown]
-    labels = [METHODS[s].label if s in METHODS else "random ranking" for s in shown]
-    figure.legend(marks, labels, loc="outside upper center", ncols=2 if len(kinds) < 3 else 4)
-    return figure
+    rows, columns = correlations.target.nunique(), correlations.fitness.nunique()
+    figure, axes = _figure(table, caption, 4 * columns, 3.8 * rows + 0.6, rows, columns)
+    looks = {"hue": "source", "palette": COLORS, "style": "source", "markers": MARKERS, "s": 70}
+    panels = correlations.sort_values("target", ascending=False, kind="stable").itertuples()
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        part = table[table.target == panel.target].assign(percent=lambda t: 100 * t.accuracy)
+        seaborn.scatterplot(part, x=panel.fitness, y="percent", ax=ax, **looks)
+        ax.legend_.remove()  # one for all, above
+        ax.errorbar(part[panel.fitness], part.percent, 100 * part.deviation, ls="none", ecolor=PAPER, zorder=0)
+        ax.set(xscale="log", xlabel=f"loss, {panel.fitness}", ylabel="")
+        title = f"{panel.target:.0%} FLOPs · Spearman ρ = {panel.spearman:.2f}"
+        ax.set_title(title.replace("-", "−"), fontsize=11)
+    figure.supylabel(f"test accuracy (%), {steps} steps", fontsize=12)
+    return _legend(figure)
 
 
 def latency(table: pd.DataFrame, caption: str) -> Figure:
     """Latency over FLOPs, both relative to the dense network: medians with quartiles, a panel per batch size."""
     sizes = sorted(table.batch.unique())
-    figure, axes = _figure(table, caption, len(sizes), 5 * len(sizes), 4.6)
+    figure, axes = _figure(table, caption, 5 * len(sizes), 4.6, columns=len(sizes))
     for ax, batch in zip(axes[0], sizes, strict=True):
         part = table[table.batch == batch]
         dense = part[part.method == "dense"].iloc[0]
         ax.plot([0, 1], [0, 1], color=PAPER, ls=":", lw=1.2, label="latency ∝ FLOPs")
         ax.plot(1, 1, "D", color=DENSE, label="dense")
-        for method in [m for m in METHODS.values() if m.name in set(part.method)]:
-            rows = part[part.method == method.name].sort_values("flops")
-            spread = [rows.latency_ms - rows.low_ms, rows.high_ms - rows.latency_ms] / dense.latency_ms
-            ax.errorbar(
-                rows.flops / dense.flops, rows.latency_ms / dense.latency_ms, spread, color=method.color,
-                marker=method.marker, label=method.label, capsize=3,
-            )  # fmt: skip
+        low, y, high = (part[column] / dense.latency_ms for column in ("low_ms", "latency_ms", "high_ms"))
+        _curves(ax, part.assign(x=part.flops / dense.flops, y=y, below=y - low, above=high - y))
         ax.set(xlabel="FLOPs / dense", ylabel="latency / dense", xlim=(0, 1.05), ylim=(0, None))
-        ax.set_title(f"batch {batch} (dense: {dense.latency_ms:.1f} ms)", fontsize=12)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure
+        ax.set_title(f"batch {batch} (dense: {dense.latency_ms:.1f} ms)")
+    return _legend(figure)

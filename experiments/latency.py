@@ -1,15 +1,13 @@
 """Wall-clock time of a forward pass, measured side by side."""
 
-import time
 from collections.abc import Mapping
 
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from legr.training import Compute
-
-WARM_UP = 3
 
 
 def measure(
@@ -17,36 +15,22 @@ def measure(
 ) -> pd.DataFrame:
     """Latency of each network on random images [batch, 3, side, side].
 
-    Networks take turns within each repetition, so that a change in the machine's load meets all. A single image's
-    time is that of the second of two calls: in the first, the network's weights come back to the caches.
+    Networks take turns within each repetition, so that a change in the machine's load meets all. Each turn is PyTorch's
+    `Timer`: two calls, in which the network's weights come back to the caches, then the one that is timed.
 
     Returns:
         Columns network, batch, latency_ms (median), low_ms and high_ms (quartiles).
     """
     rows = []
-    device = torch.device(compute.device)
     for batch in batches:
-        inputs = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-        inputs = inputs.to(device, memory_format=torch.channels_last)
-        times: dict[str, list[float]] = {name: [] for name in networks}
-        with torch.inference_mode(), compute.autocast():
-            for repetition in range(WARM_UP + repetitions):
+        inputs = torch.randn(batch, 3, side, side).to(compute.device, memory_format=torch.channels_last)
+        # The timer waits for the current device, which is not that of the inputs where `compute` says cuda:1.
+        with torch.inference_mode(), torch.accelerator.device_index(inputs.device.index), compute.autocast():
+            for _ in range(repetitions):
                 for name, network in networks.items():
-                    network.eval()
-                    if batch == 1:
-                        _timed(network, inputs, device)
-                    milliseconds = _timed(network, inputs, device)
-                    if repetition >= WARM_UP:
-                        times[name].append(milliseconds)
-        for name, values in times.items():
-            low, middle, high = pd.Series(values).quantile([0.25, 0.5, 0.75])
-            rows.append({"network": name, "batch": batch, "latency_ms": middle, "low_ms": low, "high_ms": high})
-    return pd.DataFrame(rows)
-
-
-def _timed(network: nn.Module, inputs: torch.Tensor, device: torch.device) -> float:
-    start = time.perf_counter()
-    network(inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - start)
+                    given = {"network": network.eval(), "inputs": inputs}
+                    timer = Timer("network(inputs)", globals=given, num_threads=torch.get_num_threads())
+                    rows.append((name, batch, 1000 * timer.timeit(1).mean))
+    times = pd.DataFrame(rows, columns=["network", "batch", "latency_ms"])
+    quartiles = times.groupby(["network", "batch"], sort=False).latency_ms.quantile([0.5, 0.25, 0.75]).unstack()
+    return quartiles.set_axis(["latency_ms", "low_ms", "high_ms"], axis=1).reset_index()

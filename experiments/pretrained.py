@@ -1,11 +1,12 @@
 """Starting the dense network from weights trained elsewhere."""
 
+import itertools
 import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import fx, nn
+from torch import nn
 
 from experiments.config import Experiment
 from legr.files import UserError, tensors_digest
@@ -27,27 +28,25 @@ def start(model: nn.Module, exp: Experiment) -> dict[str, str]:
         What was loaded, for the record: its name and its tensors' digest.
     """
     settings, name = exp.settings.dense, exp.settings.model
-    torchvisions = settings.weights == "torchvision"
-    path = os.environ.get(f"LEGR_{name.upper()}") if torchvisions else settings.weights
+    variable = f"LEGR_{name.upper()}"
+    path = os.environ.get(variable) if settings.weights == "torchvision" else settings.weights
     try:
         if path:
-            state = load_file((exp.root / Path(path).expanduser()).resolve())
+            state = load_file(exp.root / Path(path).expanduser())
         else:
-            import torchvision
+            from torchvision.models import get_model_weights
 
-            url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
-            folder = str(exp.root / "data" / "downloads")
-            state = torch.hub.load_state_dict_from_url(url, folder, "cpu", False, True, weights_only=True)
+            options = {"model_dir": str(exp.root / "data/downloads"), "check_hash": True, "weights_only": True}
+            state = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(**options)
         if set(exp.data.classes) <= IMAGENETTE.keys():
             rows = [IMAGENETTE[wordnet_id] for wordnet_id in exp.data.classes]
-            classifier = [key for key in state if len(state[key].shape) and len(state[key]) == 1000]
-            state |= {key: state[key][rows] for key in classifier}
+            state |= {key: value[rows] for key, value in state.items() if value.shape[:1] == (1000,)}
         model.load_state_dict(state)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"dense.weights is {settings.weights!r}; {path or 'the download'} can't be used ({reason}); set it, or "
-            f"LEGR_{name.upper()}, to a safetensors file"
+            f"{variable}, to a safetensors file"
         ) from None
     if settings.rescale:
         rescale(model)
@@ -59,16 +58,12 @@ def rescale(model: nn.Module) -> None:
     """Scale each convolution that BatchNorm follows so that its filters' median L2 norm is 1; outputs stay.
 
     A layer whose filters have norm n learns 1/n² as fast (van Laarhoven, arXiv:1706.05350), and norms rank filters.
-    Weights that were folded for deployment, and then unfolded, come with layers 100 times apart.
+    Weights that were folded for deployment, and then unfolded, come with layers 100 times apart. The model registers
+    each BatchNorm right after its convolution, as all of `legr.models` do.
     """
-    modules = dict(model.named_modules())
-    for node in fx.symbolic_trace(model).graph.nodes:
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        source = node.args[0] if isinstance(norm, nn.BatchNorm2d) else None
-        conv = modules.get(str(source.target)) if source is not None and source.op == "call_module" else None
-        if not isinstance(conv, nn.Conv2d) or conv.bias is not None or len(source.users) > 1:
-            continue
-        factor = 1 / conv.weight.flatten(1).norm(dim=1).median().clamp(min=1e-6)
-        conv.weight *= factor
-        norm.running_mean *= factor
-        norm.running_var.copy_(((norm.running_var + norm.eps) * factor**2 - norm.eps).clamp(min=0))
+    for conv, norm in itertools.pairwise(model.modules()):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            factor = 1 / conv.weight.flatten(1).norm(dim=1).median().clamp(min=1e-6)
+            conv.weight *= factor
+            norm.running_mean *= factor
+            norm.running_var.copy_(((norm.running_var + norm.eps) * factor**2 - norm.eps).clamp(min=0))

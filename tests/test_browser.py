@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
+from contextlib import suppress
 
 import pytest
 
@@ -40,7 +40,9 @@ def test_every_figure_of_the_report_is_drawn(done, browser, scheme):
     assert page.locator("img").count() >= 12
     assert page.evaluate("[...document.images].every(i => i.naturalWidth > 100)")
     assert page.locator("math").first.bounding_box()["width"] > 5
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    for width in (1280, 480):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert not problems
     page.close()
 
@@ -48,23 +50,17 @@ def test_every_figure_of_the_report_is_drawn(done, browser, scheme):
 @pytest.fixture
 def lab(done):
     """JupyterLab over the finished project; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
-    command += ["--IdentityProvider.token="]
+    options = ["--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token="]
     environment = os.environ | {"PYTHONPATH": str(done), "JUPYTERLAB_SETTINGS_DIR": str(done / ".lab")}
-    with open(done.parent / "lab.log", "w") as log:
-        server = subprocess.Popen(command, cwd=done, env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=done, env=environment)
     try:
         for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/api/status")
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
-            except OSError:
-                time.sleep(0.5)
-        yield address
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(20)
@@ -80,19 +76,16 @@ def test_the_explorer_answers_in_jupyterlab(done, lab, browser):
         page.get_by_text("| Idle").wait_for(timeout=120_000)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
-        picture = page.locator(".widget-image").first
+        picture, numbers = page.locator(".widget-image").first, page.locator(".widget-html").first
         picture.wait_for(timeout=120_000)
-        first, numbers = picture.get_attribute("src"), page.locator(".widget-html").first.inner_text()
-        handle = page.locator(".widget-slider .noUi-handle").first
-        handle.focus()
-        for _ in range(8):
-            handle.press("ArrowLeft")
+        first, said = picture.get_attribute("src"), numbers.inner_text()
+        page.locator(".widget-slider .noUi-handle").first.press("ArrowLeft")
         page.wait_for_function(
             "before => document.querySelector('.widget-image').src != before", arg=first, timeout=60_000
         )
         page.wait_for_timeout(1000)
-        assert page.evaluate("document.querySelector('.widget-image').naturalWidth") > 500
-        assert page.locator(".widget-html").first.inner_text() != numbers
+        assert picture.evaluate("image => image.naturalWidth") > 500
+        assert numbers.inner_text() != said
     finally:
         page.close()
         notebook.write_text(before)

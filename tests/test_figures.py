@@ -1,4 +1,4 @@
-"""Figures: the interval, and that each draws what it is given, of one trial and of several."""
+"""Figures: the interval, and that each draws what the demo of one trial has not (tests/test_pipeline.py draws that)."""
 
 import math
 
@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-import legr
 from experiments import figures
 from tests.conftest import random_kept
 
@@ -26,40 +25,29 @@ def history(count=8):
     return pd.DataFrame({"evaluation": range(1, count + 1), "loss": losses, "best": np.minimum.accumulate(losses)})
 
 
-def networks(trials):
-    rows = [(method, target, trial) for method in ("legr", "norm") for target in (0.7, 0.3) for trial in range(trials)]
+def tradeoff():
+    rows = [(method, target, trial) for method in ("legr", "norm") for target in (0.7, 0.3) for trial in range(3)]
     table = pd.DataFrame(rows, columns=["method", "target", "trial"])
-    return table.assign(flops=1e8 * table.target, accuracy=0.9 - 0.01 * table.trial, accuracy_recalibrated=0.5)
+    table = table.assign(flops=1e8 * table.target, accuracy=0.9 - 0.01 * table.trial, accuracy_recalibrated=0.5)
+    return figures.tradeoff(table, {"flops": 1e8, "accuracy": 0.93}, PAPERS, "a caption")
 
 
-def predictions(deviation):
+def prediction():
     columns = ["source", "as pruned", "tuned", "accuracy"]
     rows = pd.DataFrame([("norm", 1, 9.0, 0.8), ("legr", 2, 4.0, 0.7), ("random", 3, 3.0, 0.6)], columns=columns)
-    table = pd.concat([rows.assign(target=t, deviation=deviation) for t in (0.7, 0.47)])
+    table = pd.concat([rows.assign(target=t, deviation=0.01) for t in (0.7, 0.47)])
     found = [{"target": t, "fitness": f, "spearman": -0.5} for t in (0.7, 0.47) for f in ("as pruned", "tuned")]
     return figures.prediction(table, pd.DataFrame(found), 50, "a caption")
 
 
-def latencies():
-    rows = [(m, f, b, b * ms) for m, f, ms in (("dense", 1e8, 10), ("legr", 5e7, 7), ("norm", 3e7, 4)) for b in (1, 64)]
-    table = pd.DataFrame(rows, columns=["method", "flops", "batch", "latency_ms"])
-    return figures.latency(table.assign(low_ms=0.9 * table.latency_ms, high_ms=1.2 * table.latency_ms), "a caption")
-
-
-EPOCHS = pd.DataFrame({"epoch": [1, 2], "lr": [0.1, 0.02], "train_accuracy": [0.3, 0.6], "seconds": [1.0, 2.0]})
-DENSE = {"flops": 1e8, "accuracy": 0.93}
+EPOCHS = {"epoch": [1, 2], "lr": [0.1, 0.02], "train_accuracy": [0.3, 0.6], "val_accuracy": 0.2, "seconds": [1.0, 2.0]}
 PAPERS = pd.DataFrame({"network": ["LeGR"], "mflops": [58.9], "accuracy_percent": [93.7]})
 DRAWN = {
-    "training": lambda: figures.training(EPOCHS.assign(val_accuracy=[0.2, 0.5]), "a caption"),
+    "training": lambda: figures.training(pd.DataFrame(EPOCHS), "a caption"),
     "weights as they are": lambda: figures.training(pd.DataFrame([{"epoch": 0, "val_accuracy": 0.9}]), "a caption"),
-    "search": lambda: figures.search([history()], "legr", 3, "a caption"),
     "search of three trials": lambda: figures.search([history()] * 3, "legr-ours", 3, "a caption"),
-    "tradeoff": lambda: figures.tradeoff(networks(1), DENSE, None, "a caption"),
-    "tradeoff of three trials": lambda: figures.tradeoff(networks(3), DENSE, PAPERS, "a caption"),
-    "prediction": lambda: predictions(math.nan),
-    "prediction of seeds": lambda: predictions(0.01),
-    "latency": latencies,
-    "maps": lambda: figures.affine_maps(legr.Ranking((1.0, 20.0), (0.0, -3.0)), [1.0, 2.0], "legr", "a caption"),
+    "tradeoff of three trials": tradeoff,
+    "prediction of seeds": prediction,
 }
 
 
@@ -74,10 +62,10 @@ def test_every_figure_is_drawn_and_carries_its_numbers(tmp_path, draw):
     assert "seconds" not in figure.data
 
 
-@pytest.mark.parametrize(("trials", "height"), [(1, 0), (3, 200 * figures.interval(pd.Series([0.9, 0.89, 0.88])))])
-def test_intervals_are_drawn_where_there_are_several_trials(trials, height):
-    left, _ = figures.tradeoff(networks(trials), DENSE, None, "a caption").axes
+def test_intervals_are_drawn_where_there_are_several_trials():
+    left, _ = tradeoff().axes
     bars = [bar for curve in left.containers for bar in curve.lines[2][0].get_segments()]
+    height = 200 * figures.interval(pd.Series([0.9, 0.89, 0.88]))
     assert len(bars) == 4 and all(bar[1][1] - bar[0][1] == pytest.approx(height) for bar in bars)
 
 
@@ -88,7 +76,7 @@ def test_widths_and_the_movie_show_what_is_kept(small, tmp_path):
     assert [ax.get_title("left").split(" · ")[0] for ax in figure.axes][1] == "norm-only at 50%"
     widths = {name: [int(mask.sum()) for mask in masks] for name, masks in kept.items()}
     assert pd.read_csv(tmp_path / "widths.csv")[list(kept)].to_dict("list") == widths
-    for evaluations, frames in ((8, 8), (8, 3), (1, 5)):
+    for evaluations, frames in ((8, 3), (1, 5)):
         tried = [widths["legr at 50%"]] * (evaluations - 1) + [widths["norm at 50%"]]
         html = figures.search_movie(graph, tried, history(evaluations), "legr", tmp_path / "search", frames)
         assert html.startswith("<img") and "base64," in html
