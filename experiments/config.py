@@ -174,8 +174,10 @@ class Experiment:
 
     @property
     def out(self) -> Path:
-        """Where the stage writes. The pipeline swaps the folder in when the notebook has run to its end."""
-        return self.state / "part" if self.results == "results" else self.folder / self.stage
+        """Where the stage writes, made here. The pipeline swaps it in when the notebook has run to its end."""
+        out = self.state / "part" if self.results == "results" else self.folder / self.stage
+        out.mkdir(parents=True, exist_ok=True)
+        return out
 
     def path(self, relative: str) -> Path:
         """A file or folder of an earlier stage: of this results folder, or else of the pipeline's."""
@@ -253,7 +255,6 @@ class Experiment:
             path = folder / f"{name}.json"
             record = read_json(path, "record of a result") if path.exists() else {}
             if record.get("key") == key and all((folder / file).exists() for file in record["files"]):
-                self.out.mkdir(parents=True, exist_ok=True)
                 for file in [path.name, *record["files"]]:
                     if not (self.out / file).exists() or not (folder / file).samefile(self.out / file):
                         shutil.copy(folder / file, self.out / file)
