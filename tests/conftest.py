@@ -109,15 +109,6 @@ def compute():
     return Compute(device="cpu", precision="float32").resolve()
 
 
-@pytest.fixture(scope="session")
-def reference():
-    """Folder with recorded selections of the authors' code; not part of the package."""
-    folder = os.environ.get("LEGR_REFERENCE")
-    if not folder:
-        pytest.skip("LEGR_REFERENCE does not name a folder with the recorded selections")
-    return Path(folder)
-
-
 def random_kept(graph: legr.Graph, seed: int, share: float = 0.5) -> list[torch.Tensor]:
     """Random masks that coupled filters share and that leave every layer a filter or more."""
     units = np.random.default_rng(seed).random(graph.unit_count) < share
@@ -140,11 +131,20 @@ def silenced(model: nn.Module, graph: legr.Graph, kept: list[torch.Tensor]) -> n
     return model
 
 
+def environment(folder):
+    """For processes that run the folder's code, not that which is installed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
+
+
+def contents(folder):
+    """Every file below `folder`, with what is in it; folders too."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def dvc(folder, *arguments, check=True):
     command = [sys.executable, "-m", "dvc", *arguments]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    own = {"PATH": path, "PYTHONPATH": str(folder)}  # the folder's code, not that which is installed
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | own)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder))
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result.stdout if check else result.stdout + result.stderr
 

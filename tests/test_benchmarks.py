@@ -1,8 +1,6 @@
 """The yardsticks do the same work as ours, and the page has the numbers that were measured."""
 
 import json
-import os
-import time
 
 import pandas as pd
 import pytest
@@ -10,9 +8,7 @@ import torch
 
 import legr
 from benchmarks.__main__ import COLUMNS, PAGE, RESULTS, table
-from benchmarks.apart import side_by_side
-from benchmarks.networks import write_table
-from benchmarks.procedures import FRACTION, plain_epoch, plain_loss, plain_select, random_images
+from benchmarks.procedures import FRACTION, plain_loss, plain_select, random_images
 from legr.data import Dataset
 from legr.fitness import Fitness, FitnessSettings
 from tests.conftest import PROJECT
@@ -36,31 +32,6 @@ def test_the_plain_loss_is_the_loss_of_the_fitness(small, compute, recalibration
     assert plain == pytest.approx(fitness(fitness.select(ranking))["loss"], rel=1e-4)
 
 
-def test_a_plain_epoch_trains(small):
-    model, images = small[0].train(), random_images(256, "cpu")
-    before = model.conv1.weight.clone()
-    plain_epoch(model, images)
-    assert model.conv1.weight.isfinite().all() and not torch.equal(before, model.conv1.weight)
-
-
-def sleeper(folder, name, seconds):
-    def sleep():
-        with (folder / "log").open("a") as log:
-            log.write(f"{name} {os.getpid()} {torch.get_num_threads()}\n")
-        time.sleep(seconds)
-
-    return sleep
-
-
-def test_procedures_take_turns_in_processes_of_their_own(tmp_path):
-    calls = {"a": (sleeper, tmp_path, "a", 0.05), "b": (sleeper, tmp_path, "b", 0.1)}
-    times = side_by_side(calls, threads=(1, 2), turns=2)
-    assert all(0.05 <= times[n]["a"] < 0.1 <= times[n]["b"] < 1 for n in (1, 2))
-    names, processes, threads = zip(*map(str.split, (tmp_path / "log").read_text().splitlines()), strict=True)
-    assert "".join(names) == "ab" * 6 and "".join(threads) == "1" * 6 + "2" * 6
-    assert len({os.getpid(), *map(int, processes)}) == 3
-
-
 def test_the_page_has_the_measured_numbers():
     speed, page = pd.read_csv(PROJECT / RESULTS / "speed.csv"), (PROJECT / PAGE).read_text(encoding="utf-8")
     assert list(speed) == COLUMNS
@@ -70,10 +41,3 @@ def test_the_page_has_the_measured_numbers():
     about = json.loads((PROJECT / RESULTS / "about.json").read_text())
     machine, capability, cores = about["processor"].split(", ")
     assert f"{cores} ({machine}, {capability})" in page and f"PyTorch is {about['versions']['torch']}" in page
-
-
-def test_a_new_table_replaces_only_the_old_one(tmp_path):
-    page, head = tmp_path / "page.md", "Text.\n\n| a | b |\n|---|---|\n"
-    page.write_text(f"{head}| 1 | 2 |\n| 3 | 4 |\n\nMore.\n")
-    write_table(page, [["5", "6"]])
-    assert page.read_text() == f"{head}| 5 | 6 |\n\nMore.\n"

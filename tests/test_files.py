@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from legr.files import UserError, atomic, digest, load_state, read_json, save_state, tensors_digest, write_json
+from legr.files import UserError, atomic, digest, load_state, save_state, tensors_digest, write_json
 
 
 @contextmanager
@@ -55,13 +55,6 @@ def test_work_that_fails_leaves_the_old_file(tmp_path):
         temporary.write_text("new")
         assert (tmp_path / "file").read_text() == "old"
     assert (tmp_path / "file").read_text() == "new"
-
-
-def test_json_that_can_not_be_read_is_one_sentence(tmp_path):
-    for content in (b"{", b"\xff\xfe"):
-        (tmp_path / "a").write_bytes(content)
-        with pytest.raises(UserError, match=r"^.*a is not a JSON file \(.*\); it should hold the numbers$"):
-            read_json(tmp_path / "a", "numbers")
 
 
 def test_a_state_comes_back_and_never_runs_code(tmp_path):

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 import legr
+from experiments.config import open_experiment
 from legr.search import Evolution, SearchSettings
 from tests.conftest import NAME, PROJECT
 
@@ -17,18 +17,15 @@ SIX_OF_55 = 0.11  # the share of mutated layers in the committed searches; since
 
 
 @pytest.fixture(scope="module")
-def dense():
-    model = legr.models.load_weights(legr.models.resnet56(), RESULTS / "dense" / "network.safetensors")
-    graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
-    return graph, legr.filter_norms(model, graph)
+def exp():
+    return open_experiment("laptop", NAME, "compare", root=PROJECT)
 
 
 @pytest.mark.parametrize("method", ["legr", "legr-ours"])
-def test_told_the_committed_losses_the_search_asks_for_the_committed_candidates(dense, method):
-    _, norms = dense
+def test_told_the_committed_losses_the_search_asks_for_the_committed_candidates(exp, method):
     folder = RESULTS / "rankings" / method
     maps = load_file(folder / "candidates-0.safetensors")
-    evolution = Evolution(norms, SearchSettings(mutated=SIX_OF_55))
+    evolution = Evolution(exp.norms, SearchSettings(mutated=SIX_OF_55))
     for i, row in pd.read_csv(folder / "search-0.csv").iterrows():
         candidate = evolution.ask()
         assert np.array_equal(candidate.scale, maps["scale"][i])
@@ -38,18 +35,12 @@ def test_told_the_committed_losses_the_search_asks_for_the_committed_candidates(
     assert evolution.best.scale == legr.Ranking.load(folder / "ranking-0.json").scale
 
 
-def test_the_committed_networks_are_cut_again(dense):
-    graph, norms = dense
-    rankings = {m: legr.Ranking.load(RESULTS / "rankings" / m / "ranking-0.json") for m in ("legr", "legr-ours")}
-    rankings["norm"] = legr.Ranking.norm_only(len(norms))
-    paths = sorted(path for path in (RESULTS / "sets").glob("*/*.json"))
-    assert len(paths) == 10
-    for path in paths:
-        (row,) = json.loads(path.read_text())
-        if row["method"] == "uniform":
-            kept = legr.select_uniform(graph, norms, row["target"])
-        else:
-            kept = legr.select(graph, rankings[row["method"]].scores(norms), row["target"])
-        assert graph.flops(kept) == row["flops"]
-        widths = pd.read_csv(path.with_name(f"{path.stem}-widths.csv")).iloc[:, 3]
+def test_the_committed_dense_network_and_rankings_make_the_committed_networks(exp):
+    table = pd.read_csv(RESULTS / "compare/tradeoff.csv").drop_duplicates(["method", "target"])
+    assert len(table) == len(list(RESULTS.glob("sets/*/*.json"))) == 10
+    for row in table.itertuples():
+        kept, path = exp.select(row.method, row.target), RESULTS / "sets" / row.method / f"{row.target}.json"
+        assert (exp.graph.flops(kept), exp.graph.params(kept)) == (row.flops, row.params), (row.method, row.target)
+        assert json.loads(path.read_text())[0]["flops"] == row.flops
+        widths = pd.read_csv(path.with_name(f"{row.target}-widths.csv")).iloc[:, 3]
         assert [int(mask.sum()) for mask in kept] == widths.tolist()

@@ -2,7 +2,6 @@
 
 import operator
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -37,26 +36,6 @@ def test_the_papers_networks(name, classes, side, layers, flops):
         x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         expected = silenced(model, graph, kept)(x)
         assert (small(x) - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def test_the_example_of_the_modules_description():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1, self.conv2, self.conv3 = (nn.Conv2d(i, 2, 3, padding=1, bias=False) for i in (3, 2, 2))
-            self.linear = nn.Linear(2, 5, bias=False)
-
-        def forward(self, x):
-            a = self.conv1(x)
-            return self.linear(torch.add(a, other=self.conv3(self.conv2(a))).mean((2, 3)))
-
-    model = Block()
-    graph = legr.trace(model, torch.zeros(1, 3, 4, 4))
-    assert graph.members == [{0: 1, 2: 1}, {0: 1, 2: 1}, {1: 1}, {1: 1}]
-    kept = graph.masks(np.array([True, False, True, True]))  # n = 1, m = 2
-    assert [mask.tolist() for mask in kept] == [[True, False], [True, True], [True, False]]
-    assert graph.flops(kept) == 9 * 16 * (3 * 1 + 1 * 2 + 2 * 1) + 1 * 5
-    assert graph.params(kept) == sum(p.numel() for p in legr.prune(model, graph, kept).parameters())
 
 
 class Odd(nn.Module):

@@ -1,15 +1,13 @@
 """The examples and commands that the pages print, run in the order in which they stand there."""
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import NAME, PROJECT, change
+from tests.conftest import NAME, PROJECT, change, environment
 
 
 def blocks(path, language):
@@ -33,13 +31,10 @@ def test_an_example_runs(tmp_path, page, number):
 
 
 def shell(folder, commands):
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    environment |= {"PYTHONPATH": str(folder), "PAGER": "cat"}
-    environment |= {"GIT_CONFIG_COUNT": "2", "GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "Reader"}
-    environment |= {"GIT_CONFIG_KEY_1": "user.email", "GIT_CONFIG_VALUE_1": "reader@example.org"}
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands], cwd=folder, capture_output=True, text=True, env=environment
-    )
+    own = {"PAGER": "cat", "GIT_CONFIG_COUNT": "2", "GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "Reader"}
+    own |= {"GIT_CONFIG_KEY_1": "user.email", "GIT_CONFIG_VALUE_1": "reader@example.org"}
+    command, own = ["bash", "-euo", "pipefail", "-c", commands], environment(folder) | own
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=own)
     assert result.returncode == 0, commands + result.stdout + result.stderr
     return result.stdout
 

@@ -3,18 +3,12 @@
 import json
 import math
 import multiprocessing
-import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
-import psutil
 import pytest
 import torch
 
@@ -91,46 +85,3 @@ def test_a_training_killed_twenty_times(tmp_path, digits, compute):
         (folder / "result").write_text(tensors_digest(model.state_dict()) + json.dumps(told))
 
     kill_often(training, tmp_path, 20)
-
-
-def outcome(folder: Path) -> dict[str, str]:
-    """Records, tables and networks that the pipeline left, less what the clock says."""
-    found = {}
-    for path in sorted((folder / "results").rglob("*.*")):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".csv" and not path.stem.startswith("latency"):
-            table = pd.read_csv(path)
-            found[name] = table[[c for c in table if "seconds" not in c]].to_csv()
-        elif path.suffix == ".json":
-            record = json.loads(path.read_text())
-            found[name] = json.dumps({k: v for k, v in record.items() if "seconds" not in k})
-        elif path.suffix == ".safetensors":
-            found[name] = path.read_bytes().hex()
-    return found
-
-
-def test_a_pipeline_killed_twenty_times(done, tmp_path):
-    left_out = shutil.ignore_patterns("__pycache__", "results", "data", ".state", ".dvc", "dvc.lock", "playground")
-    folder = shutil.copytree(done, tmp_path / "project", ignore=left_out)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
-    dvc = [sys.executable, "-m", "dvc"]
-    subprocess.run([*dvc, "init", "--no-scm", "--quiet"], cwd=folder, check=True, env=environment)
-    moments, kills, code = drawn_moments(), 0, None
-    while code is None:
-        process = subprocess.Popen([*dvc, "repro"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
-        try:
-            code = process.wait(moments.uniform(1, 40) if kills < 20 else None)
-        except subprocess.TimeoutExpired:
-            for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-                victim.kill()
-            process.wait()
-            (folder / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # DVC does not write it whole or not at all
-            kills += 1
-    assert code == 0 and kills >= 5
-    expected, found = outcome(done), outcome(folder)
-    assert found.keys() == expected.keys() and len(found) >= 50
-    assert not [name for name in expected if found[name] != expected[name]]
-    assert not list(folder.rglob(".*.part")), "half-written files are left"
-    again = subprocess.run([*dvc, "repro"], cwd=folder, env=environment, capture_output=True, text=True)
-    assert "up to date" in again.stdout

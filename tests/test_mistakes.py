@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import legr
 from experiments.__main__ import main
 from experiments.config import open_experiment
-from tests.conftest import NAME, PROJECT, change
+from tests.conftest import NAME, PROJECT, change, contents
 from tests.test_work import plant
 
 
@@ -89,11 +89,6 @@ SETTINGS = {  # what was done: the change, and what the sentence says
 }
 
 
-def files(folder):
-    """Everything below `folder`, with what is in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
 def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
     try:
@@ -106,10 +101,10 @@ def run(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(("spoil", "message"), SETTINGS.values(), ids=SETTINGS)
 def test_in_settings_and_images(project, monkeypatch, capsys, spoil, message):
     spoil(project)
-    before = files(project)
+    before = contents(project)
     code, (sentence,) = run(monkeypatch, capsys, "data", "demo", NAME)
     assert code == 1 and sentence.startswith("error: ") and re.search(message, sentence)
-    assert files(project) == before
+    assert contents(project) == before
 
 
 @pytest.mark.parametrize(
@@ -123,9 +118,9 @@ def test_in_settings_and_images(project, monkeypatch, capsys, spoil, message):
     ],
 )
 def test_on_the_command_line(project, monkeypatch, capsys, arguments, code, message):
-    before = files(project)
+    before = contents(project)
     ended, told = run(monkeypatch, capsys, *arguments.split())
-    assert ended == code and message in told[-1] and files(project) == before
+    assert ended == code and message in told[-1] and contents(project) == before
 
 
 @pytest.mark.parametrize("key", ["finetune.recipe.epoch", "model.depth", "dense.recipes.first"])
@@ -151,13 +146,19 @@ FILES = {
     "a layer too many": (ranking(lambda v: json.dumps({k: [*x, 1] for k, x in v.items()})), "ranking has 56 layers"),
     "no number": (ranking(lambda v: json.dumps(v | {"scale": [float("nan")] * 55})), "scale has a value that is not"),
     "a list": (ranking(lambda v: "[1.0, 2.0]"), "is not a JSON object with the lists of numbers"),
-    "half a ranking": (ranking(lambda v: json.dumps(v)[:99]), r"ranking-0\.json is not a JSON file"),
+    "a shift too many": (ranking(lambda v: json.dumps(v | {"shift": [0.0] * 56})), "55 scales and 56 shifts"),
+    "no shifts": (ranking(lambda v: json.dumps({"scale": v["scale"]})), "is not a JSON object with the lists"),
+    "letters": (ranking(lambda v: json.dumps(v | {"scale": ["a"] * 55})), "is not a JSON object with the lists"),
+    "no text": (lambda _, r: r.write_bytes(b"\xff\xfe"), r"ranking-0\.json is not a JSON file"),
+    "half a ranking": (ranking(lambda v: json.dumps(v)[:99]), r"not a JSON file \(.*\); it should hold the ranking"),
     "no ranking": (lambda _, r: r.unlink(), r"ranking-0\.json does not exist; it holds the ranking; learn it first"),
     "no numbers": (weights(lambda t: t["conv1.weight"].fill_(float("nan"))), r"conv1\.weight has values that are not"),
-    "another shape": (weights(lambda t: t.update({"conv1.weight": torch.zeros(16, 1, 3, 3)})), "can't be loaded into"),
-    "no classifier": (weights(lambda t: t.pop("linear.weight")), r"network\.safetensors"),
-    "half of the weights": (lambda d, _: os.truncate(d, 100_000), r"network\.safetensors"),
-    "a pickle": (lambda d, _: d.write_bytes(pickle.dumps({})), r"network\.safetensors"),
+    "another shape": (weights(lambda t: t.update({"conv1.weight": torch.zeros(16, 1, 3, 3)})), "size mismatch for con"),
+    "no bias": (weights(lambda t: t.pop("bn1.bias")), r'Missing key.*"bn1\.bias"'),
+    "no classifier": (weights(lambda t: t.pop("linear.weight")), r"network\.safetensors is not the dense network's"),
+    "a tensor too many": (weights(lambda t: t.update(extra=torch.ones(1))), 'Unexpected key.*"extra"'),
+    "half of the weights": (lambda d, _: os.truncate(d, 100_000), r"network\.safetensors is not .*incomplete metadata"),
+    "a pickle": (lambda d, _: d.write_bytes(pickle.dumps({})), r"network\.safetensors is not the dense network's file"),
     "no weights": (lambda d, _: d.unlink(), r"network\.safetensors does not exist; .*the dense stage makes it"),
 }
 
@@ -167,7 +168,7 @@ def test_in_files_of_earlier_stages(tmp_path, spoil, message):
     results = plant(tmp_path) / "results" / "demo" / NAME
     legr.Ranking.norm_only(55).save(results / "rankings/legr/ranking-0.json")
     spoil(results / "dense/network.safetensors", results / "rankings/legr/ranking-0.json")
-    before = files(tmp_path)
+    before = contents(tmp_path)
     with pytest.raises(legr.UserError, match=message) as error:
         open_experiment("demo", NAME, "sets/legr", "results", root=tmp_path).select("legr", 0.5)
-    assert "\n" not in str(error.value) and files(tmp_path) == before
+    assert "\n" not in str(error.value) and contents(tmp_path) == before

@@ -1,7 +1,6 @@
 """The whole pipeline through DVC, on a shortened demo: what it leaves, what it runs again, and how it fails."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbclient import NotebookClient
 
-from tests.conftest import NAME, PHOTOS, PROJECT, change, dvc
+from tests.conftest import NAME, PHOTOS, PROJECT, change, contents, dvc, environment
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -133,15 +132,6 @@ def test_a_change_runs_what_depends_on_it_alone(done, edit, stages, allowed):
 def copy(done, tmp_path):
     """The finished project to change: without DVC's cache, which nothing is in."""
     return shutil.copytree(done, tmp_path / "project", ignore=shutil.ignore_patterns("__pycache__", "plots"))
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def environment(folder):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
 
 
 def stage(folder, *arguments):

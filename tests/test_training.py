@@ -10,7 +10,7 @@ import legr
 from legr.data import normalize
 from legr.files import tensors_digest
 from legr.models import CifarResNet
-from legr.training import Compute, Recipe, _strided_depthwise_in_float32, evaluate, recalibrate, take_steps, train
+from legr.training import Compute, Recipe, evaluate, recalibrate, take_steps, train
 from tests.conftest import Inverted
 
 
@@ -74,15 +74,9 @@ def test_training_learns(digits, compute):
     assert found == {"loss": history.val_loss.iloc[-1], "accuracy": history.val_accuracy.iloc[-1]}
 
 
-def test_what_goes_wrong_is_one_sentence(digits, compute, tmp_path):
-    part, recipe = digits.fit[:64], Recipe(epochs=1, batch_size=64, lr=0.01)
+def test_what_goes_wrong_is_one_sentence(digits, compute):
     with pytest.raises(legr.UserError, match=r"lr is 1e\+30; the loss became .* in epoch 1, so it must be smaller"):
-        train(fresh(), part, Recipe(epochs=1, batch_size=8, lr=1e30), compute, seed=0)
-    train(fresh(), part, recipe, compute, seed=0, state_folder=tmp_path)
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(legr.UserError, match="file .* is corrupt"):
-        train(fresh(), part, recipe, compute, seed=0, state_folder=tmp_path)
+        train(fresh(), digits.fit[:64], Recipe(epochs=1, batch_size=8, lr=1e30), compute, seed=0)
     with pytest.raises(legr.UserError, match=r"device is 'abacus'; this machine can't use it \(auto, cpu, or cuda"):
         Compute(device="abacus").resolve()
 
@@ -130,33 +124,29 @@ def test_recalibrated_statistics_are_the_average_over_the_batches(digits, comput
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
-def test_strided_depthwise_convolutions_in_float32_agree_with_bfloat16():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.Conv2d(8, 8, 3, groups=8))
-    x, compute, kinds = torch.randn(4, 3, 9, 9), Compute(device="cpu", precision="bfloat16"), []
-    model[1].register_forward_hook(lambda module, given, out: kinds.append(out.dtype))
-
-    def results():
-        with compute.autocast():
-            out = model(x).float()
-        return [out, *torch.autograd.grad(out.square().mean(), list(model.parameters()))]
-
-    before, names = results(), [dir(module) for module in model]
-    with pytest.raises(ZeroDivisionError), _strided_depthwise_in_float32(model, compute):
-        within = results()
-        raise ZeroDivisionError
-    after = results()
-    assert [dir(module) for module in model] == names
-    assert kinds == [torch.bfloat16, torch.float32, torch.bfloat16]
-    assert all((a - b).abs().max() < 0.02 * b.abs().max() for a, b in zip(within, before, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+def strided():
+    middle = nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.BatchNorm2d(8), nn.ReLU()
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *middle, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10))
 
 
-def test_bfloat16_agrees_with_float32(digits, compute):
-    model, half = fresh(Inverted), Compute(device="cpu", precision="bfloat16")
-    train(model, digits.fit[:256], Recipe(epochs=1, batch_size=32, lr=0.05), half, seed=0)
-    expected = evaluate(model, digits.holdout, compute)["loss"]
-    assert evaluate(model, digits.holdout, half)["loss"] == pytest.approx(expected, rel=0.03)
+@pytest.mark.parametrize("make", [Inverted, strided], ids=["depthwise", "strided depthwise"])
+def test_bfloat16_agrees_with_float32(digits, compute, make):
+    half, losses = Compute(device="cpu", precision="bfloat16"), []
+    for trained_in in (compute, half):
+        model = fresh(make)
+        train(model, digits.fit, Recipe(epochs=2, batch_size=32, lr=0.1), trained_in, seed=0)
+        losses += [evaluate(model, digits.holdout, measured_in)["loss"] for measured_in in (compute, half)]
+        assert not [module for module in model.modules() if "forward" in vars(module)]  # left as it was
+    assert losses == pytest.approx([losses[0]] * 4, rel=0.03)
+
+
+def test_strided_depthwise_convolutions_train_in_float32(digits):
+    """PyTorch is slow at them in bfloat16."""
+    model, half, kinds = fresh(strided), Compute(device="cpu", precision="bfloat16"), set()
+    for conv in model[:2]:
+        conv.register_forward_hook(lambda module, given, out: kinds.add((module.groups, out.dtype)))
+    train(model, digits.fit[:64], Recipe(epochs=1, batch_size=32, lr=0.1), half, seed=0)
+    assert kinds == {(1, torch.bfloat16), (8, torch.float32)}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
