@@ -18,17 +18,26 @@ NETWORKS = [
     "googlenet", "inception_v3", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "mnasnet1_0",
     "shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "efficientnet_b0", "efficientnet_v2_s",
     "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny",
+    *(f"timm: {name}" for name in (
+        "resnet18", "resnetv2_50", "mobilenetv3_small_100", "efficientnet_lite0", "ghostnet_050", "repvgg_a0", "dla34",
+        "cspdarknet53", "densenet121", "convnext_atto", "hardcorenas_a", "rexnet_100",
+    )),
 ]  # fmt: skip
 FRACTION, TOLERANCE = 0.5, 1e-5  # of the dense FLOPs; of the largest output, for equality in float32
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """The network in eval mode with BatchNorm statistics that are not their defaults, and an input [2, 3, 96, 96]."""
-    import torchvision  # here, because it takes seconds that `python -m benchmarks` need not wait for
-
     torch.manual_seed(0)
-    plain = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    model = torchvision.models.get_model(name, weights=None, num_classes=10, **plain).eval()
+    if name.startswith("timm: "):
+        import timm
+
+        model = timm.create_model(name.removeprefix("timm: "), num_classes=10).eval()
+    else:
+        import torchvision  # here, because it takes seconds that `python -m benchmarks` need not wait for
+
+        plain = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(name, weights=None, num_classes=10, **plain).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for mean, deviation in ((module.running_mean, module.running_var), (module.bias, module.weight)):
@@ -69,7 +78,7 @@ def try_legr(name: str) -> list[str]:
         graph = legr.trace(model, x[:1])
         masks = legr.select(graph, legr.filter_norms(model, graph), FRACTION)
     except legr.UserError as error:
-        return [f"no: {str(error).splitlines()[0]}", "", ""]
+        return [f"no: {error}", "", ""]
     units = graph.kept_units(masks)
     kept = {o.module: torch.from_numpy(graph.kept_channels(units, o.outputs)) for o in graph.operations if o.module}
     return [verdict(legr.prune(model, graph, masks), name, kept), f"{len(graph.layers)}", f"{sum(graph.widths):,}"]
@@ -118,5 +127,5 @@ def write_table(page: Path, rows: Iterable[Iterable[str]]) -> None:
 
 
 if __name__ == "__main__":
-    version("torch-pruning")  # raises where it is not installed
+    version("torch-pruning"), version("timm")  # raises where it is not installed
     write_table(PAGE, [[name, *try_legr(name), try_torch_pruning(name)] for name in NETWORKS])

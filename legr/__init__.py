@@ -2,10 +2,11 @@
 
 from legr import models
 from legr.files import UserError
-from legr.graph import Graph, trace
+from legr.graph import Graph
 from legr.ranking import Ranking, filter_norms, select, select_uniform
 from legr.search import learn_ranking
 from legr.surgery import prune
+from legr.tracing import trace
 
 __all__ = [
     "Graph",

@@ -17,7 +17,6 @@ With n of the first two units kept and m of the last two, 3×3 kernels on P pixe
 FLOPs = 9·P·(3·n + n·m + m·n) + n·K.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from legr.files import UserError
 
@@ -61,13 +60,18 @@ class Operation:
 
 @dataclass
 class Graph:
-    """A traced network. `layers` are its prunable convolutions in execution order."""
+    """A traced network, made by `legr.trace`. `layers` are its prunable convolutions in execution order."""
 
     layers: list[Layer]
     operations: list[Operation]
     traced: fx.Graph
     units: list[np.ndarray]  # per layer int64 [width]: the unit of each filter, -1 if it must stay
     other_params: int  # parameters of modules that are not among the operations
+    other_flops: int  # multiply-accumulates of layers that are left whole
+    whole: dict[str, str]  # modules with an operation whose inputs and outputs can't be pruned, and why
+    constants: dict[str, Tensor]  # tensors that the network makes in its forward pass
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the network's parameters and buffers
+    frozen: frozenset[str] = frozenset()  # modules that stay in eval mode when the network is trained
     members: list[dict[int, int]] = field(init=False)  # per unit: how many filters of which layer (by its index)
 
     def __post_init__(self):
@@ -97,7 +101,7 @@ class Graph:
             kept: one bool tensor [width] per layer; None: the dense network.
         """
         inputs, outputs = self._channels(kept)
-        return int(self._flops_per_pair @ (inputs * outputs))
+        return self.other_flops + int(self._flops_per_pair @ (inputs * outputs))
 
     def params(self, kept: Sequence[Tensor] | None = None) -> int:
         """Parameters of the network, all that are used. Arguments are those of `flops`."""
@@ -138,10 +142,18 @@ class Graph:
         return np.append(kept_units, True)[units]
 
 
+def because(graph: Graph) -> str:
+    """Ends a message: what first stays whole."""
+    name, why = next(iter(graph.whole.items()), ("", ""))
+    return (
+        f"; {len(graph.whole)} operations stay whole (Graph.whole), the first in module {name}: {why}" if name else ""
+    )
+
+
 def check_per_layer(graph: Graph, values: Sequence[Tensor], name: str) -> None:
     """Raise UserError unless `values` has one tensor [width] for each layer of `graph`."""
     if not graph.layers:
-        raise UserError("this network has no layers that can be pruned")
+        raise UserError(f"this network has no layers that can be pruned{because(graph)}")
     if len(values) != len(graph.layers):
         raise UserError(f"{name} has {len(values)} layers; this network has {len(graph.layers)} prunable layers")
     for layer, value in zip(graph.layers, values, strict=True):
@@ -149,92 +161,120 @@ def check_per_layer(graph: Graph, values: Sequence[Tensor], name: str) -> None:
             raise UserError(f"{name} for layer {layer.name} has shape {list(value.shape)}; it must be [{layer.width}]")
 
 
-def trace(model: nn.Module, example_input: Tensor) -> Graph:
-    """Find a network's prunable layers, coupled units and FLOPs. The network is left alone.
+class _Whole(Exception):
+    """Nothing that an operation reads or gives can be dropped; says why."""
+
+
+class Labeller(fx.Interpreter):
+    """Runs the traced network, and beside each value its labels: int64 tensors of the same shape.
+
+    `RULES` says what an operation does to them. An operation without a rule is left whole: it gets and gives what it
+    does in the dense network. Feature maps have equal labels over height and width, kept as expanded tensors
+    [N, C, 1, 1], so that they take no memory.
 
     Args:
-        model: a convolutional classifier that torch.fx can trace.
-        example_input: [1, channels, height, width], for the shapes; its values do not matter.
-
-    Raises:
-        UserError: names the operation and the module that can't be traced.
-    """
-    quiet, tracer = copy.deepcopy(model).eval(), fx.Tracer()
-    try:
-        traced = tracer.trace(quiet)
-    except Exception as error:
-        where = next(reversed(tracer.module_stack), "(the network itself)")
-        raise UserError(f"module {where} can't be traced by torch.fx: {str(error).splitlines()[0]}") from None
-    try:
-        with torch.inference_mode():
-            device = next(quiet.parameters()).device
-            ShapeProp(fx.GraphModule(quiet, traced)).propagate(example_input.to(device))
-    except RuntimeError as error:
-        given = f"example_input of shape {list(example_input.shape)}"
-        raise UserError(f"{given} does not fit the network: {str(error).splitlines()[0]}") from None
-    return _Labeller(fx.GraphModule(quiet, traced)).labelled()
-
-
-class _Labeller(fx.Interpreter):
-    """Runs the traced network on labels: int64 tensors with the shapes of the feature maps.
-
-    `RULES` says what an operation does to them. What only moves numbers is run as it is. Feature maps have equal
-    labels over height and width, kept as expanded tensors [N, C, 1, 1], so that they take no memory.
+        trusted: whether a subclass with a forward pass of its own is taken for its base class.
     """
 
-    def __init__(self, network: fx.GraphModule):
+    def __init__(self, network: fx.GraphModule, trusted: bool):
         super().__init__(network, garbage_collect_values=False)
         self.extra_traceback = False  # a refusal is one sentence
-        self.labels = FIXED + 1  # how many there are
+        self.trusted, self.distrusted = trusted, False
+        self.labels: dict[fx.Node, Any] = {}
+        self.count = FIXED + 1  # of labels
         self.joined: list[Tensor] = []  # int64 [2, pairs] each: labels that are dropped together or not at all
         self.operations: list[Operation] = []
+        self.prunable: list[Operation] = []
+        self.whole: dict[str, str] = {}
+        self.other_flops = 0  # of layers that are left whole
+        self.owners: dict[int, Operation | None] = {}  # of parameters, by their id
 
-    def labelled(self) -> Graph:
-        self.run(*[None for node in self.module.graph.nodes if node.op == "placeholder"])
+    def found(self, example_input: Tensor) -> Graph:
+        self.run(example_input)
         pairs = torch.cat([torch.empty(2, 0, dtype=torch.int64), *self.joined], 1).numpy()
-        links = coo_array((np.ones(pairs.shape[1]), pairs), shape=(self.labels, self.labels))
+        links = coo_array((np.ones(pairs.shape[1]), pairs), shape=(self.count, self.count))
         group = connected_components(links, directed=False)[1]  # of each label; labels of a group are joined
-        layers = [o for o in self.operations if o.flops_per_pair and (group[o.outputs] != group[FIXED]).any()]
+        layers = [o for o in self.prunable if (group[o.outputs] != group[FIXED]).any()]
         # Units are numbered by their first filter, which settles equal scores.
         free = dict.fromkeys(g for o in layers for g in group[o.outputs].tolist() if g != group[FIXED])
         unit_of_group = np.full(len(group), -1)
         unit_of_group[list(free)] = np.arange(len(free))
-        unit = unit_of_group[group]
-        within = {f"{o.module}.{name}" for o in self.operations if o.module for name in ("weight", "bias")}
+        unit, traced = unit_of_group[group], self.module.graph
+        read = {str(n.target): self.env[n] for n in traced.nodes if n.op == "get_attr"}
         return Graph(
             layers=[Layer(o.module, len(o.outputs)) for o in layers],
             operations=[replace(o, inputs=unit[o.inputs], outputs=unit[o.outputs]) for o in self.operations],
-            traced=self.module.graph,
+            traced=traced,
             units=[unit[o.outputs] for o in layers],
             # torch.fx drops parameters that are not used.
-            other_params=sum(p.numel() for name, p in self.module.named_parameters() if name not in within),
+            other_params=sum(p.numel() for p in self.module.parameters() if id(p) not in self.owners),
+            other_flops=self.other_flops,
+            whole=self.whole,
+            constants={name: value for name, value in read.items() if name.startswith("_tensor_constant")},
         )
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.op in ("placeholder", "get_attr"):  # a parameter is not cut: what it is combined with isn't either
-            return torch.full(self.shape(), FIXED)
+        self.value = super().run_node(n)
+        self.labels[n] = self.labelled()
+        return self.value
+
+    def labelled(self) -> Any:
+        """The labels of the current node's value; what is no tensor is its own label."""
+        n, mapped = self.node, [self.labels[source] for source in self.node.all_input_nodes]
         if n.op == "output":
-            for source in n.all_input_nodes:
-                self.fix(self.env[source])
-            return None
-        if not any(isinstance(self.env[source], Tensor) for source in n.all_input_nodes):
-            return super().run_node(n)  # arithmetic with sizes
+            for x in tree_leaves(mapped):
+                self.fix(x)
+        if not any(isinstance(x, Tensor) for x in tree_leaves(self.value)):
+            return self.value
+        if n.op in ("placeholder", "get_attr"):  # a parameter is not cut: what it is combined with isn't either
+            return torch.full(self.value.shape, FIXED) if self.value.dim() else FIXED
+        args = fx.node.map_arg(n.args, self.labels.__getitem__)
+        kwargs = dict(fx.node.map_arg(n.kwargs, self.labels.__getitem__))
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
-        return self.rule()(self, *args, **kwargs)
+        try:
+            return self.rule()(self, *args, **kwargs)
+        except (_Whole, TypeError) as error:  # TypeError: a call that the rule does not know
+            for x in tree_leaves(mapped):
+                self.fix(x)
+            if n.op != "output":
+                self.note_whole(str(error) if isinstance(error, _Whole) else "it is called in an unusual way")
+            return tree_map_only(Tensor, lambda x: torch.full(x.shape, FIXED), self.value)
 
     def rule(self) -> "Rule":
         """Modules are known by their type, functions and methods by their name."""
         name, home = self.node.target, "torch"
         if self.node.op == "call_module":
-            name = type(self.layer)
+            kind = type(self.layer)
+            name = next((base for base in kind.__mro__ if base in RULES), None)
+            if name and kind.forward is not name.forward and not kind.__module__.startswith("torch.nn"):
+                self.distrusted = True
+                if not self.trusted:
+                    raise _Whole(f"{kind.__name__} computes otherwise than {name.__name__}")
+            if not name and not list(self.layer.parameters()) and self.only_passes_on():
+                return _pointwise
         elif self.node.op == "call_function":
             name, home = name.__name__, str(name.__module__).partition(".")[0]
         if name not in RULES or home not in ("torch", "torchvision", "_operator", "builtins"):
-            raise self.refused("the operation is not supported")
+            raise _Whole("no rule says what it does to channels")
         return RULES[name]
+
+    def only_passes_on(self) -> bool:
+        """Whether in eval mode the current module gives what it gets, as dropout does."""
+        given = [self.env[source] for source in self.node.all_input_nodes]
+        return len(given) == 1 and isinstance(self.value, Tensor) and torch.equal(given[0], self.value)
+
+    def note_whole(self, why: str) -> None:
+        what = self.node.target
+        owner = next(reversed(self.node.meta.get("nn_module_stack") or {}), "(the network itself)")
+        if self.node.op == "call_module":
+            what, owner = type(self.layer).__name__, str(what)
+            if isinstance(self.layer, nn.modules.conv._ConvTransposeNd):  # each weight is used at each input position
+                self.other_flops += self.layer.weight.numel() * prod(self.env[self.node.all_input_nodes[0]].shape[2:])
+            elif isinstance(self.layer, nn.modules.conv._ConvNd | nn.Linear):
+                self.other_flops += self.layer.weight[0].numel() * prod(self.value.shape[1:])
+        self.whole.setdefault(owner, f"{getattr(what, '__name__', what)}: {why}")
 
     # What rules ask about and do ----------------------------------------------------------
     @property
@@ -242,54 +282,46 @@ class _Labeller(fx.Interpreter):
         """The module that the current node calls."""
         return self.module.get_submodule(str(self.node.target))
 
-    def shape(self) -> tuple[int, ...]:
-        """Of the current node's result."""
-        meta = self.node.meta.get("tensor_meta")
-        if not hasattr(meta, "shape"):
-            raise self.refused("it does not return one tensor")
-        return tuple(meta.shape)
-
     def channels(self, x: Tensor, axis: int = 1) -> Labels:
         """The labels along dimension `axis`, which must not change along the others."""
-        rows = _without_repetition(x.movedim(axis, -1))[0].reshape(-1, x.shape[axis])
+        rows = _without_repetition(x.movedim(axis, -1))[0].reshape(-1, x.shape[axis]) if x.dim() > 1 else x[None]
         if x.dim() < 2 or (rows != rows[0]).any():
-            raise self.refused("it is applied to feature maps with their channels in another dimension")
+            raise _Whole("its channels are in another dimension")
         return rows[0]
 
     def map_of(self, labels: Labels) -> Tensor:
-        """A feature map [N, C, …] of the current node's shape with these channels."""
-        shape = self.shape()
+        """A feature map [N, C, …] of the current value's shape with these channels."""
+        shape = self.value.shape
         return labels.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
 
     def new(self, count: int) -> Labels:
-        self.labels += count
-        return torch.arange(self.labels - count, self.labels)
+        self.count += count
+        return torch.arange(self.count - count, self.count)
 
     def join(self, left: Tensor, right: Tensor) -> None:
         """Channels at the same place are dropped together or not at all."""
         left, right = _without_repetition(left, right)
         self.joined.append(torch.stack([left.flatten(), right.flatten()]))
 
-    def fix(self, x: Tensor) -> None:
-        self.join(x, torch.tensor(FIXED).expand(x.shape))
+    def fix(self, x: Any) -> None:
+        if isinstance(x, Tensor):
+            self.join(x, torch.tensor(FIXED).expand(x.shape))
 
-    def operation(self, inputs: Labels, outputs: Labels) -> None:
+    def operation(self, inputs: Labels, outputs: Labels, prunable: bool = False) -> None:
         """Note what surgery must know of the current node. Multiply-accumulates follow from the weights' shape."""
         module = str(self.node.target) if self.node.op == "call_module" else None
-        if module and any(o.module == module for o in self.operations):
-            raise self.refused("the module is used twice, so its weights can't be pruned")
         parameters = list(self.layer.parameters()) if module else []
+        for first in {id(p): self.owners[id(p)] for p in parameters if id(p) in self.owners}.values():
+            self.fix(torch.from_numpy(np.concatenate([first.inputs, first.outputs])))
+            raise _Whole("its weights are used twice")
         kernel = sum(p[0, 0].numel() for p in parameters if p.dim() > 1)
-        positions = prod(self.shape()[1:]) // len(outputs)
+        positions = prod(self.value.shape[1:]) // len(outputs)
         counts = (kernel * positions, kernel, sum(p.dim() == 1 for p in parameters))
-        self.operations.append(Operation(self.node.name, module, inputs.numpy(), outputs.numpy(), *counts))
-
-    def refused(self, why: str) -> UserError:
-        what = getattr(self.node.target, "__name__", str(self.node.target))
-        owner = next(reversed(self.node.meta.get("nn_module_stack") or {}), "(the network itself)")
-        if self.node.op == "call_module":
-            what, owner = type(self.layer).__name__, str(self.node.target)
-        return UserError(f"operation {what} in module {owner} can't be pruned: {why}")
+        noted = Operation(self.node.name, module, inputs.numpy(), outputs.numpy(), *counts)
+        self.owners |= {id(p): noted for p in parameters}
+        self.operations.append(noted)
+        if prunable:
+            self.prunable.append(noted)
 
 
 def _without_repetition(*tensors: Tensor) -> list[Tensor]:
@@ -304,51 +336,46 @@ def _without_repetition(*tensors: Tensor) -> list[Tensor]:
 Rule = Callable[..., Any]
 
 
-def _convolution(net: _Labeller, x: Tensor) -> Tensor:
+def _convolution(net: Labeller, x: Tensor) -> Tensor:
     conv, inputs, outputs = net.layer, net.channels(x), net.new(net.layer.out_channels)
     if conv.groups == 1:
         read = inputs
     elif conv.groups == conv.in_channels == conv.out_channels:  # depthwise: input and output channel are one unit
         net.join(inputs, outputs)
         read = torch.tensor([FIXED])  # each filter reads one channel, whatever is kept
-    else:  # other grouped convolutions stay whole
-        net.fix(torch.cat([inputs, outputs]))
-        read = torch.full((conv.in_channels // conv.groups,), FIXED)
-    net.operation(read, outputs)
+    else:
+        raise _Whole("its filters come in groups")
+    net.operation(read, outputs, prunable=True)
     return net.map_of(outputs)
 
 
-def _linear(net: _Labeller, x: Tensor) -> Tensor:
-    """A classifier, whose outputs stay; on [N, H, W, C] a 1×1 convolution."""
-    count, inputs, shape = net.layer.out_features, net.channels(x, axis=-1), net.shape()
-    if len(shape) not in (2, 4):
-        raise net.refused("a linear layer must follow a flatten")
-    outputs = net.new(count) if len(shape) == 4 else torch.full((count,), FIXED)
-    net.operation(inputs, outputs)
-    return outputs.expand(shape)
+def _linear(net: Labeller, x: Tensor) -> Tensor:
+    """On [N, H, W, C] a 1×1 convolution, prunable; on [N, C] its outputs go only with filters that they meet."""
+    if x.dim() not in (2, 4):
+        raise _Whole("it reads neither vectors nor feature maps")
+    inputs, outputs = net.channels(x, axis=-1), net.new(net.layer.out_features)
+    net.operation(inputs, outputs, prunable=x.dim() == 4)
+    return outputs.expand(net.value.shape)
 
 
-def _batch_norm(net: _Labeller, x: Tensor) -> Tensor:
+def _by_channel(net: Labeller, x: Tensor) -> Tensor:
+    """Parameters and buffers [C]: BatchNorm, PReLU."""
     labels = net.channels(x)
-    net.operation(labels, labels)
+    if sum(p.numel() for p in net.layer.parameters()) > 1 or list(net.layer.buffers()):
+        net.operation(labels, labels)
     return x
 
 
-def _layer_norm(net: _Labeller, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Its mean and variance are over all channels, so none of them can go."""
-    net.fix(x)
+def _pointwise(net: Labeller, x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
-def _pointwise(net: _Labeller, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x
-
-
-def _pooling(net: _Labeller, x: Tensor, *_: Any, **__: Any) -> Tensor:
+def _by_map(net: Labeller, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Works on each channel's map by itself: pooling, resizing, spatial padding."""
     return net.map_of(net.channels(x))
 
 
-def _joining(net: _Labeller, x: Tensor, other: Any, **_: Any) -> Tensor:
+def _joining(net: Labeller, x: Any, other: Any, **_: Any) -> Tensor:
     """An elementwise operation on two tensors, or on one and a number."""
     if not isinstance(x, Tensor) or not isinstance(other, Tensor):
         return x if isinstance(x, Tensor) else other
@@ -357,17 +384,16 @@ def _joining(net: _Labeller, x: Tensor, other: Any, **_: Any) -> Tensor:
     return x
 
 
-def _mean(net: _Labeller, x: Tensor, dim: int | Sequence[int] = (), keepdim: bool = False, **_: Any) -> Tensor:
-    dims = {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)}
-    if x.dim() != 4 or dims != {2, 3}:
-        raise net.refused("only the mean over height and width is supported")
+def _reducing(net: Labeller, x: Tensor, dim: int | Sequence[int], *_: Any, **__: Any) -> Tensor:
+    if {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)} & {0, 1}:
+        raise _Whole("it is taken over channels")
     return net.map_of(net.channels(x))
 
 
-def _pad(net: _Labeller, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+def _pad(net: Labeller, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
     front, back, *more = [*pad[4:], 0, 0]
     if any(more) or front < 0 or back < 0 or ((front or back) and (mode != "constant" or value)):
-        raise net.refused("channels can only be padded with zeros")
+        raise _Whole("channels can only be padded with zeros")
     inputs = net.channels(x)
     if front or back:
         # A zero channel lives as long as what it is later joined with.
@@ -376,46 +402,49 @@ def _pad(net: _Labeller, x: Tensor, pad: Sequence[int], mode: str = "constant", 
     return net.map_of(inputs)
 
 
-def _moving(net: _Labeller, *args: Any, **kwargs: Any) -> Any:
+def _moving(net: Labeller, *args: Any, **kwargs: Any) -> Any:
     """What only moves channels, whatever their number, moves the labels."""
-    return fx.Interpreter.run_node(net, net.node)
+    n = net.node
+    if n.op == "call_module":
+        return net.layer(*args, **kwargs)
+    return n.target(*args, **kwargs) if n.op == "call_function" else getattr(args[0], n.target)(*args[1:], **kwargs)
 
 
-def _reshape(net: _Labeller, x: Tensor, *size: Any) -> Tensor:
-    result = _moving(net)
-    if result.dim() != 2 or net.node.args[-1] != -1 or result.shape[0] != x.shape[0]:
-        raise net.refused("only flattening to [N, features] is supported, as flatten(1) or view(N, -1)")
-    return result
+def _reshape(net: Labeller, x: Tensor, *sizes: Any) -> Tensor:
+    """To vectors and back; the number of channels must not stand there as a number."""
+    wanted = net.node.args[1:] if len(sizes) > 1 else net.node.args[1]
+    shape, old = net.value.shape, x.shape
+    follows = isinstance(wanted, Sequence) and len(wanted) > 1 and (wanted[1] == -1 or isinstance(wanted[1], fx.Node))
+    if not follows or shape[0] != old[0] or not (len(shape) == 2 or shape[1] == old[1]):
+        raise _Whole("it gives a fixed number of channels, or mixes them; flatten(1) or view(N, -1) do not")
+    return x.reshape(shape)
 
 
-def _slice(net: _Labeller, x: Tensor, index: Any) -> Tensor:
+def _slice(net: Labeller, x: Tensor, index: Any) -> Tensor:
     index = index if isinstance(index, tuple) else (index,)
     if any(i != slice(None) for i in index[:2]) or not all(isinstance(i, slice) for i in index):
-        raise net.refused("only slices of height and width are supported")
+        raise _Whole("it picks channels")
     return net.map_of(net.channels(x))
 
 
-def _attribute(net: _Labeller, x: Tensor, name: str) -> Any:
-    if name != "shape":
-        raise net.refused("the operation is not supported")
-    return x.shape
-
-
 POINTWISE = [
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Hardswish,
-    nn.Hardsigmoid, nn.Dropout, nn.Dropout2d, nn.Identity,
-    "relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "sigmoid", "tanh", "hardswish",
-    "hardsigmoid", "dropout", "dropout2d", "stochastic_depth", "contiguous", "float", "clone",
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Sigmoid,
+    nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Dropout, nn.Dropout2d, nn.Identity,
+    "relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "sigmoid", "sigmoid_", "tanh", "hardswish",
+    "hardsigmoid", "hardtanh", "softplus", "clamp", "clamp_", "neg", "abs", "sqrt", "exp", "dropout", "dropout2d",
+    "stochastic_depth", "contiguous", "float", "clone", "detach", "to", "type_as",
 ]  # fmt: skip
-POOLING = [
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
+BY_MAP = [
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.UpsamplingBilinear2d,
+    nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d,
+    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate",
 ]  # fmt: skip
-JOINING = ["add", "add_", "iadd", "mul", "mul_", "imul"]
-MOVING = [nn.Flatten, "flatten", "permute", "cat", "size", "dim"]
+JOINING = ["add", "add_", "iadd", "sub", "sub_", "isub", "mul", "mul_", "imul", "div", "div_", "truediv", "itruediv"]
+MOVING = [nn.Flatten, "flatten", "permute", "squeeze", "unsqueeze", "expand_as", "cat", "concat"]
+REDUCING = ["mean", "sum", "amax", "amin"]
 RULES: dict[type | str, Rule] = {
-    **dict.fromkeys(POINTWISE, _pointwise), **dict.fromkeys(POOLING, _pooling), **dict.fromkeys(JOINING, _joining),
-    **dict.fromkeys(MOVING, _moving), "view": _reshape, "reshape": _reshape, "getitem": _slice, "getattr": _attribute,
-    nn.Conv2d: _convolution, nn.Linear: _linear, nn.BatchNorm2d: _batch_norm, nn.LayerNorm: _layer_norm,
-    "layer_norm": _layer_norm, "mean": _mean, "pad": _pad,
+    **dict.fromkeys(POINTWISE, _pointwise), **dict.fromkeys(BY_MAP, _by_map), **dict.fromkeys(JOINING, _joining),
+    **dict.fromkeys(MOVING, _moving), **dict.fromkeys(REDUCING, _reducing), "view": _reshape, "reshape": _reshape,
+    "getitem": _slice, nn.Conv2d: _convolution, nn.Linear: _linear, "pad": _pad,
+    **dict.fromkeys([nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.PReLU], _by_channel),
 }  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from legr.files import UserError, read_json, write_json
-from legr.graph import Graph, check_per_layer
+from legr.graph import Graph, because, check_per_layer
 
 FLOOR = 0.1  # a layer of n filters never loses more than floor(0.9·n) (CIFAR-10; 0.2 on ImageNet)...
 MIN_WIDTH = 2  # ...and never ends with fewer than 2
@@ -131,7 +131,9 @@ def select(
     dense, lowest = cost(kept_after(0)), cost(kept_after(len(dropped)))
     if lowest >= fraction * dense:
         lowest = min(math.ceil(1000 * lowest / dense + 1e-9) / 1000, 1.0)
-        raise UserError(f"{name} is {fraction}; the lowest reachable fraction of this network is {lowest}")
+        raise UserError(
+            f"{name} is {fraction}; the lowest reachable fraction of this network is {lowest}{because(graph)}"
+        )
     # The cost only falls as units go, so the first count below the target is found by bisection.
     count = bisect_left(range(len(dropped)), True, key=lambda count: cost(kept_after(count)) < fraction * dense)
     return kept_after(count)

@@ -2,11 +2,14 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from legr.files import UserError
 from legr.graph import Graph
@@ -25,26 +28,34 @@ def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
         A torch.fx.GraphModule in the same mode and on the same device as `model`.
     """
     kept_units = graph.kept_units(kept)
+    if {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} != graph.shapes:
+        raise UserError("model has other layers than the network that graph was traced from; trace it anew")
     operations = {o.node: o for o in graph.operations}
     pruned = copy.deepcopy(graph.traced)
-    parts: dict[str, nn.Module | nn.Parameter] = {}
+    parts: dict[str, Any] = {}
+    copies: dict[int, Any] = {}  # what modules share, they go on sharing
     for node in pruned.nodes:
         path, operation = str(node.target), operations.get(node.name)
-        try:
-            part = attrgetter(path)(model) if node.op in ("call_module", "get_attr") else None
-        except AttributeError:
-            raise UserError(f"model has no module {path}; graph was traced from another network") from None
-        if operation is None:
-            if part is not None:
-                parts[path] = copy.deepcopy(part)
-            continue
-        into, out = (graph.kept_channels(kept_units, units) for units in (operation.inputs, operation.outputs))
-        if part is None:
-            _thin_pad(node, len(into), out)
-        else:
-            parts[path] = _thin(part, into, out)
+        part = None
+        if node.op in ("call_module", "get_attr"):
+            part = graph.constants[path] if path in graph.constants else attrgetter(path)(model)
+        stay = [graph.kept_channels(kept_units, u) for u in (operation.inputs, operation.outputs)] if operation else []
+        if part is None and operation:
+            _thin_pad(node, len(stay[0]), stay[1])
+        elif part is not None:
+            cut = operation is not None and not (stay[0].all() and stay[1].all())
+            parts[path] = _thin(part, *stay) if cut else copy.deepcopy(part, copies)
     small = fx.GraphModule(parts, pruned, class_name=type(model).__name__)
-    return small.train(model.training)
+    for path, module in small.named_modules():
+        module.training = model.get_submodule(path).training
+        if path in graph.frozen or (isinstance(module, _BatchNorm) and model.training and not module.training):
+            module.train = partial(_stay_in_eval, module)
+    return small
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of `train`."""
+    return nn.Module.train(module, False)
 
 
 def _thin(module: nn.Module, into: np.ndarray, out: np.ndarray) -> nn.Module:

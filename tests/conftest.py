@@ -126,7 +126,7 @@ def silenced(model: nn.Module, graph: legr.Graph, kept: list[torch.Tensor]) -> n
                 module = model.get_submodule(operation.module)
                 gone = torch.from_numpy(~graph.kept_channels(units, operation.outputs))
                 module.weight[gone] = 0
-                if module.bias is not None:
+                if getattr(module, "bias", None) is not None:
                     module.bias[gone] = 0
     return model
 

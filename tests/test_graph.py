@@ -1,7 +1,6 @@
-"""What tracing finds: layers, coupled units, FLOPs; and what it refuses."""
+"""What tracing finds: layers, coupled units, FLOPs. What it leaves whole or refuses is in test_tracing.py."""
 
-import operator
-
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -38,54 +37,24 @@ def test_the_papers_networks(name, classes, side, layers, flops):
         assert (small(x) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-class Odd(nn.Module):
-    def __init__(self, what):
-        super().__init__()
-        self.conv, self.what = nn.Conv2d(3, 4, 3, padding=1), what
+def test_the_example_of_the_modules_description():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.conv3 = (nn.Conv2d(i, 2, 3, padding=1, bias=False) for i in (3, 2, 2))
+            self.linear = nn.Linear(2, 5, bias=False)
 
-    def forward(self, x):
-        return self.what(self.conv(x)).mean((2, 3))
+        def forward(self, x):
+            a = self.conv1(x)
+            return self.linear(torch.add(a, other=self.conv3(self.conv2(a))).mean((2, 3)))
 
-
-class Then(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function, self.twice = function, nn.Conv2d(4, 4, 1)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        (lambda x: x[:, :2], "operation getitem in module .* can't be pruned"),
-        (lambda x: torch.cumsum(x, 1), "cumsum"),
-        (lambda x: x.transpose(1, 2), "transpose"),
-        (lambda x: operator.truediv(x, 2.0), "truediv"),
-        (nn.GroupNorm(2, 4), "GroupNorm in module what"),
-        (nn.ConvTranspose2d(4, 4, 1), "ConvTranspose2d in module what"),
-        (Then(lambda _, x: torch.flip(x, (1,))), "flip in module what"),
-        (Then(lambda _, x: x if x.sum() > 0 else -x), "module what can't be traced .* control flow"),
-        (Then(lambda own, x: own.twice(own.twice(x))), "Conv2d in module what.twice .* used twice"),
-    ],
-)
-def test_what_cannot_be_pruned_is_refused_by_name(what, message):
-    with pytest.raises(legr.UserError, match=message):
-        legr.trace(Odd(what), torch.zeros(1, 3, 8, 8))
-    with pytest.raises(legr.UserError, match=r"example_input of shape \[1, 1, 8, 8\] does not fit the network"):
-        legr.trace(Odd(nn.Identity()), torch.zeros(1, 1, 8, 8))
-
-
-def test_other_grouped_convolutions_stay_whole():
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(32, 2)
-    )
-    graph = legr.trace(model, torch.zeros(1, 3, 2, 2))
-    assert [layer.name for layer in graph.layers] == ["2"]
-    assert graph.flops() == counted(model, 2)
+    model = Block()
+    graph = legr.trace(model, torch.zeros(1, 3, 4, 4))
+    assert graph.members == [{0: 1, 2: 1}, {0: 1, 2: 1}, {1: 1}, {1: 1}]
+    kept = graph.masks(np.array([True, False, True, True]))  # n = 1, m = 2
+    assert [mask.tolist() for mask in kept] == [[True, False], [True, True], [True, False]]
+    assert graph.flops(kept) == 9 * 16 * (3 * 1 + 1 * 2 + 2 * 1) + 1 * 5
+    assert graph.params(kept) == sum(p.numel() for p in legr.prune(model, graph, kept).parameters())
 
 
 def test_masks_that_break_a_unit_are_an_error(small):

@@ -1,4 +1,4 @@
-"""Networks that nobody here wrote: torchvision's classifiers, pruned to half of their FLOPs."""
+"""Networks that nobody here wrote: torchvision's classifiers and timm's, pruned to half of their FLOPs."""
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ page = (PROJECT / PAGE).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
-def test_torchvisions_networks_are_pruned_right_or_refused_by_name(name):
+def test_networks_are_pruned_right_or_refused_by_name(name):
+    if name.startswith("timm: "):
+        pytest.importorskip("timm")
     assert f"\n| {name} | {' | '.join(try_legr(name))} | " in page
 
 

@@ -1,0 +1,253 @@
+"""Networks of other people: pruned right, left whole in part, or refused in a sentence; never silently wrong."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+
+import legr
+from tests.conftest import settle, silenced
+from tests.test_graph import counted
+
+
+class Net(nn.Module):
+    """conv1, a function of the network and its feature map, conv2, pooling, linear."""
+
+    def __init__(self, function=lambda own, x: x, width=8, **modules):
+        super().__init__()
+        self.function = function
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(width, 6, 3, padding=1)
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.conv2(F.relu(self.function(self, self.conv1(x))))
+        return self.linear(F.relu(x).mean((2, 3)))
+
+
+class Plain(nn.Conv2d):
+    """A subclass with nothing of its own."""
+
+
+class Standardized(nn.Conv2d):
+    """Its weight is standardized over its inputs, all of them."""
+
+    def forward(self, x):
+        mean, deviation = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / deviation, self.bias, self.stride, self.padding)
+
+
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+def squeeze_and_excite(own, x):
+    b, c, _, _ = x.size()
+    gate = own.down(F.adaptive_avg_pool2d(x, 1).view(b, c))
+    return x * torch.sigmoid(own.up(F.relu(gate))).view(b, c, 1, 1).expand_as(x)
+
+
+def shuffle(own, x):
+    n, c, h, w = x.size()
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def down_and_up(own, x):
+    return torch.cat([x, F.interpolate(own.a(F.max_pool2d(x, 2)), scale_factor=2)], 1)
+
+
+def by_keywords(own, x):
+    return torch.cat(tensors=[x, own.a(input=x)], dim=1)
+
+
+def again(own, x):
+    return own.inner(F.relu(own.inner(x)))
+
+
+def tied():
+    net = Net(lambda own, x: own.a(x) + own.b(x), a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1))
+    net.b.weight = net.a.weight
+    return net
+
+
+def conv(**options):
+    return nn.Conv2d(8, 8, 3, padding=1, **options)
+
+
+NETWORKS = {  # name: (network, its prunable layers, what stays whole)
+    "subclass": (lambda: Net(lambda own, x: own.a(x), a=Plain(8, 8, 1)), ["conv1", "a", "conv2"], None),
+    "weight standardization": (
+        lambda: Net(lambda own, x: own.a(x), a=Standardized(8, 8, 1)), ["conv2"], ("a", "computes otherwise"),
+    ),
+    "BatchNorm with activation": (lambda: Net(lambda own, x: own.a(x), a=NormAct(8)), ["conv1", "conv2"], None),
+    "FrozenBatchNorm": (lambda: Net(lambda own, x: own.a(x), a=FrozenBatchNorm2d(8)), ["conv2"], None),
+    "GroupNorm": (lambda: Net(lambda own, x: own.a(x), a=nn.GroupNorm(2, 8)), ["conv2"], ("a", "GroupNorm")),
+    "PReLU": (lambda: Net(lambda own, x: own.b(own.a(x)), a=nn.PReLU(8), b=nn.PReLU()), ["conv1", "conv2"], None),
+    "constant": (lambda: Net(lambda own, x: x * torch.tensor(2.0)), ["conv1", "conv2"], None),
+    "arithmetic": (lambda: Net(lambda own, x: (-x / 2.0).clamp(max=3) - 3 * x.abs()), ["conv1", "conv2"], None),
+    "one after the other mean": (lambda: Net(lambda own, x: x + x.mean(3).mean(2)[:, :, None, None]), ["conv2"], None),
+    "chunk": (lambda: Net(lambda own, x: torch.cat(x.chunk(2, 1)[::-1], 1)), ["conv2"], ("itself", "chunk")),
+    "slice of channels": (lambda: Net(lambda own, x: x[:, :4], width=4), ["conv2"], ("itself", "getitem")),
+    "channel shuffle": (lambda: Net(shuffle), ["conv2"], ("itself", "view")),
+    "squeeze and excitation": (
+        lambda: Net(squeeze_and_excite, down=nn.Linear(8, 4), up=nn.Linear(4, 8)), ["conv1", "conv2"], None,
+    ),
+    "transposed": (
+        lambda: Net(lambda own, x: own.a(x), a=nn.ConvTranspose2d(8, 8, 2, 2)), ["conv2"], ("a", "ConvTranspose2d"),
+    ),
+    "U-Net": (
+        lambda: Net(down_and_up, 16, a=conv()), ["conv1", "a", "conv2"], None,
+    ),
+    "used twice": (lambda: Net(again, inner=conv()), ["conv2"], ("inner", "used twice")),
+    "tied": (tied, ["conv2"], ("b", "used twice")),
+    "groups": (lambda: Net(lambda own, x: own.a(x), a=conv(groups=2)), ["conv2"], ("a", "groups")),
+    "log-softmax behind BatchNorm": (
+        lambda: nn.Sequential(Net(), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3), nn.LogSoftmax(1)),
+        ["0.conv1", "0.conv2"], None,
+    ),
+    "by keywords": (lambda: Net(by_keywords, 16, a=conv()), ["conv1", "a", "conv2"], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_pruned_network_is_the_masked_one(name):
+    build, layers, whole = NETWORKS[name]
+    torch.manual_seed(0)
+    model = settle(build())
+    graph = legr.trace(model, torch.zeros(1, 3, 8, 8))
+    assert layers is None or [layer.name for layer in graph.layers] == layers
+    assert whole is None or any(whole[0] in owner and whole[1] in why for owner, why in graph.whole.items())
+    assert graph.params() == sum(p.numel() for p in model.parameters())
+    assert name == "weight standardization" or graph.flops() == counted(model, 8)
+    kept = legr.select(graph, legr.filter_norms(model, graph), target=0.9, cost=graph.params)
+    small, x = legr.prune(model, graph, kept), torch.randn(2, 3, 8, 8)
+    assert graph.params(kept) == sum(p.numel() for p in small.parameters()) < graph.params()
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), silenced(copy.deepcopy(model), graph, kept)(x), rtol=1e-4, atol=1e-5)
+
+
+def branching(own, x):
+    return x if x.sum() > 0 else -x
+
+
+def without_gradient(own, x):
+    with torch.no_grad():
+        return own.a(x)
+
+
+def masked_conv():
+    return prune.l1_unstructured(nn.Conv2d(3, 4, 1), "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Net(branching), "module .* can't be traced by torch.fx: .*control flow"),
+        (lambda: Net(lambda own, x: x * 2 if own.training else x), "other things in training than in evaluation"),
+        (lambda: Net(without_gradient, a=conv()), r"parameter a\.(bias|weight) gets a gradient in one of"),
+        (lambda: nn.DataParallel(Net()), r"model is a DataParallel; hand in model\.module"),
+        (lambda: torch.compile(Net()), r"model is a OptimizedModule; hand in model\._orig_mod"),
+        (lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), "module 0 computes its weight from"),
+        (lambda: nn.Sequential(masked_conv()), "module 0 computes its weight from other tensors; remove that first"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused_with_its_cause(build, message):
+    with pytest.raises(legr.UserError, match=message) as error:
+        legr.trace(build(), torch.zeros(1, 3, 8, 8))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.zeros(1, 1, 8, 8), "expected input.* to have 3 channels, but got 1"),
+        (torch.zeros(1, 8, 8, 3), "to have 3 channels, but got 8"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "example_input of shape .* and type torch.uint8 does not fit"),
+        (torch.zeros(1, 3, 8, 8).numpy(), "example_input is of type ndarray; it must be one tensor"),
+        ((1, 3, 8, 8), "example_input is of type tuple"),
+    ],
+)
+def test_an_example_that_does_not_fit_is_one_sentence(example, message, capfd):
+    with pytest.raises(legr.UserError, match=message) as error:
+        legr.trace(Net(), example)
+    assert "\n" not in str(error.value) and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Net(lambda own, x: F.dropout(x, 0.5, own.training)),
+        lambda: Net(lambda own, x: x + own.a(x), a=StochasticDepth(0.5, "row")),
+        lambda: nn.Sequential(nn.Dropout(0.5), Net()),
+    ],
+)
+def test_randomness_follows_the_mode(build):
+    model = build()
+    graph = legr.trace(model, torch.zeros(1, 3, 8, 8))
+    small, x = (
+        legr.prune(model.eval(), graph, legr.select(graph, legr.filter_norms(model, graph), 0.6)),
+        torch.ones(4, 3, 8, 8),
+    )
+    assert torch.equal(small(x), small(x))
+    small.train()
+    assert not torch.equal(small(x), small(x))
+
+
+def test_arguments_after_the_first_have_their_defaults():
+    class Optional(Net):
+        def forward(self, x, features=False, mask=None):
+            x = super().forward(x)
+            x = x if mask is None else x * mask
+            return (x, x) if features else x
+
+    model = Optional().eval()
+    graph = legr.trace(model, torch.zeros(1, 3, 8, 8))
+    small, x = (
+        legr.prune(model, graph, legr.select(graph, legr.filter_norms(model, graph), 1.0)),
+        torch.ones(2, 3, 8, 8),
+    )
+    torch.testing.assert_close(small(x), model(x))
+
+
+def test_a_frozen_batchnorm_stays_frozen():
+    class Frozen(Net):
+        def train(self, mode=True):
+            super().train(mode)
+            self.a.eval()
+            return self
+
+    for model in (
+        Frozen(lambda own, x: own.a(x), a=nn.BatchNorm2d(8)),
+        Net(lambda own, x: own.a(x), a=nn.BatchNorm2d(8)),
+    ):
+        model.train()
+        model.a.eval()
+        graph = legr.trace(model, torch.zeros(1, 3, 8, 8))
+        small = legr.prune(model, graph, legr.select(graph, legr.filter_norms(model, graph), 0.6))
+        again = copy.deepcopy(small.train())
+        for network in (small, again):
+            network(torch.randn(4, 3, 8, 8))
+            assert network.training and not network.a.training and (network.a.running_mean == 0).all()
+
+
+def test_a_graph_of_another_network_is_refused(small):
+    model, graph = small
+    kept = legr.select(graph, legr.filter_norms(model, graph), 0.5)
+    model.linear = nn.Linear(64, 13)
+    with pytest.raises(legr.UserError, match="other layers than the network that graph was traced from; trace it anew"):
+        legr.prune(model, graph, kept)
+
+
+def test_what_keeps_filters_is_told_where_a_target_cannot_be_reached():
+    model = Net(lambda own, x: own.a(x), a=nn.GroupNorm(2, 8))
+    graph = legr.trace(model, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(
+        legr.UserError, match=r"lowest reachable fraction .* 1 operations stay whole .* module a: GroupNorm"
+    ):
+        legr.select(graph, legr.filter_norms(model, graph), 0.01)
