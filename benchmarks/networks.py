@@ -1,6 +1,7 @@
 """python -m benchmarks.networks: write the table of docs/networks.md, which networks are pruned right and by what."""
 
 import re
+import signal
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +19,9 @@ NETWORKS = [
     "googlenet", "inception_v3", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "mnasnet1_0",
     "shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "efficientnet_b0", "efficientnet_v2_s",
     "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny",
-    *(f"timm: {name}" for name in (
-        "resnet18", "resnetv2_50", "mobilenetv3_small_100", "efficientnet_lite0", "ghostnet_050", "repvgg_a0", "dla34",
-        "cspdarknet53", "densenet121", "convnext_atto", "hardcorenas_a", "rexnet_100",
-    )),
+    "timm: resnet18", "timm: resnetv2_50", "timm: mobilenetv3_small_100", "timm: efficientnet_lite0",
+    "timm: ghostnet_050", "timm: repvgg_a0", "timm: dla34", "timm: cspdarknet53", "timm: densenet121",
+    "timm: convnext_atto", "timm: hardcorenas_a", "timm: rexnet_100",
 ]  # fmt: skip
 FRACTION, TOLERANCE = 0.5, 1e-5  # of the dense FLOPs; of the largest output, for equality in float32
 
@@ -29,15 +29,15 @@ FRACTION, TOLERANCE = 0.5, 1e-5  # of the dense FLOPs; of the largest output, fo
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """The network in eval mode with BatchNorm statistics that are not their defaults, and an input [2, 3, 96, 96]."""
     torch.manual_seed(0)
-    if name.startswith("timm: "):
+    if name.startswith("timm: "):  # imported here: it takes seconds
         import timm
 
         model = timm.create_model(name.removeprefix("timm: "), num_classes=10).eval()
     else:
-        import torchvision  # here, because it takes seconds that `python -m benchmarks` need not wait for
+        from torchvision.models import get_model
 
         plain = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-        model = torchvision.models.get_model(name, weights=None, num_classes=10, **plain).eval()
+        model = get_model(name, weights=None, num_classes=10, **plain).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for mean, deviation in ((module.running_mean, module.running_var), (module.bias, module.weight)):
@@ -102,6 +102,10 @@ def torch_pruned(model: nn.Module, x: Tensor, fraction: float, parts: int, steps
     return model, pruner.current_step
 
 
+def _too_long(*_: object) -> None:
+    raise TimeoutError("not done in 120 s")
+
+
 def try_torch_pruning(name: str) -> str:
     """The verdict. Which channels stay is read off gradients, which Torch-Pruning prunes as it does weights."""
     model, x = build(name)
@@ -109,13 +113,17 @@ def try_torch_pruning(name: str) -> str:
     places = {path: torch.arange(len(weight)) for path, weight in weights.items()}
     for path, weight in weights.items():
         weight.grad = places[path].view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape).to(weight)
+    signal.signal(signal.SIGALRM, _too_long)
     try:
+        signal.alarm(120)  # seconds; it ends what takes longer
         torch_pruned(model, x[:1], FRACTION, parts=10)
         kept = {path: torch.isin(every, model.get_submodule(path).weight.grad) for path, every in places.items()}
         model.zero_grad()
         return verdict(model, name, kept)
     except Exception as error:
         return f"no: {type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    finally:
+        signal.alarm(0)
 
 
 def write_table(page: Path, rows: Iterable[Iterable[str]]) -> None:

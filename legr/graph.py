@@ -144,10 +144,8 @@ class Graph:
 
 def because(graph: Graph) -> str:
     """Ends a message: what first stays whole."""
-    name, why = next(iter(graph.whole.items()), ("", ""))
-    return (
-        f"; {len(graph.whole)} operations stay whole (Graph.whole), the first in module {name}: {why}" if name else ""
-    )
+    first = [f", the first in module {name}: {why}" for name, why in graph.whole.items()][:1]
+    return f"; {len(graph.whole)} modules stay whole (Graph.whole){first[0]}" if first else ""
 
 
 def check_per_layer(graph: Graph, values: Sequence[Tensor], name: str) -> None:

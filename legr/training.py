@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
 
@@ -126,9 +127,19 @@ def _batch_size(images: Images, at_32: int) -> int:
 
 
 def recalibrate(model: nn.Module, images: Images, compute: Compute) -> None:
-    """Re-estimate BatchNorm statistics as their average over the batches of `images`; weights are untouched."""
+    """Re-estimate BatchNorm statistics as their average over the batches of `images`; weights are untouched.
+
+    Statistics of a BatchNorm that stays in eval mode when the network is trained are left as they are.
+    """
+    was_training = model.training
+    frozen = [m for m in model.train().modules() if isinstance(m, _BatchNorm) and not m.training]
+    for module in frozen:
+        module.track_running_stats = False  # so update_bn does not reset them; eval mode uses them all the same
     with compute.autocast():
         update_bn((inputs for inputs, _ in images.batches(_batch_size(images, 250))), model)
+    for module in frozen:
+        module.track_running_stats = True
+    model.train(was_training)
 
 
 def take_steps(model: nn.Module, images: Images, recipe: Recipe, steps: int, compute: Compute, seed: int) -> None:

@@ -10,6 +10,9 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 import legr
+from legr.data import Images
+from legr.fitness import for_evaluation
+from legr.training import recalibrate
 from tests.conftest import settle, silenced
 from tests.test_graph import counted
 
@@ -187,7 +190,7 @@ def test_an_example_that_does_not_fit_is_one_sentence(example, message, capfd):
         lambda: nn.Sequential(nn.Dropout(0.5), Net()),
     ],
 )
-def test_randomness_follows_the_mode(build):
+def test_randomness_follows_the_mode(build, compute):
     model = build()
     graph = legr.trace(model, torch.zeros(1, 3, 8, 8))
     small, x = (
@@ -195,6 +198,7 @@ def test_randomness_follows_the_mode(build):
         torch.ones(4, 3, 8, 8),
     )
     assert torch.equal(small(x), small(x))
+    torch.testing.assert_close(for_evaluation(copy.deepcopy(small), compute)(x), small(x))
     small.train()
     assert not torch.equal(small(x), small(x))
 
@@ -215,7 +219,7 @@ def test_arguments_after_the_first_have_their_defaults():
     torch.testing.assert_close(small(x), model(x))
 
 
-def test_a_frozen_batchnorm_stays_frozen():
+def test_a_frozen_batchnorm_stays_frozen(compute):
     class Frozen(Net):
         def train(self, mode=True):
             super().train(mode)
@@ -233,6 +237,7 @@ def test_a_frozen_batchnorm_stays_frozen():
         again = copy.deepcopy(small.train())
         for network in (small, again):
             network(torch.randn(4, 3, 8, 8))
+            recalibrate(network, Images(torch.full((4, 3, 8, 8), 7, dtype=torch.uint8), torch.zeros(4)), compute)
             assert network.training and not network.a.training and (network.a.running_mean == 0).all()
 
 
@@ -248,6 +253,6 @@ def test_what_keeps_filters_is_told_where_a_target_cannot_be_reached():
     model = Net(lambda own, x: own.a(x), a=nn.GroupNorm(2, 8))
     graph = legr.trace(model, torch.zeros(1, 3, 8, 8))
     with pytest.raises(
-        legr.UserError, match=r"lowest reachable fraction .* 1 operations stay whole .* module a: GroupNorm"
+        legr.UserError, match=r"lowest reachable fraction .* 1 modules stay whole .* module a: GroupNorm"
     ):
         legr.select(graph, legr.filter_norms(model, graph), 0.01)
