@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -135,6 +135,7 @@ def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, capt
         ax.set(ylabel=label, xlabel="prunable layer, in execution order")
         ax.label_outer()
     axes[0, 0].set(yscale="log")
+    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0, 0].minorticks_off()
     return _legend(figure)
 
