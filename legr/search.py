@@ -154,7 +154,7 @@ def learn_ranking(
         UserError: the file in `state_folder` is corrupt.
     """
     search, compute = search or SearchSettings(), (compute or Compute()).resolve()
-    targets = [flops] if isinstance(flops, int | float) else list(flops)
+    targets = np.atleast_1d(flops).tolist()
     judge = Fitness(model, graph, data, targets, fitness or FitnessSettings(), compute, floor, search.seed)
     judged: dict[str, dict[str, float]] = {}  # by what is kept: loss, accuracy and the seconds that they took
     path = None

@@ -162,3 +162,8 @@ def test_the_result_does_not_depend_on_where_candidates_are_evaluated(small, dig
     with ThreadPoolExecutor(3) as pool:
         assert learned(small, digits, compute, **options, in_flight=3, submit=submit) == here
     assert learned(small, digits, compute, **options)[1] != here[1]
+
+
+def test_targets_may_be_numpys(small, digits, compute):
+    assert learned(small, digits, compute, flops=np.float64(0.5)) == learned(small, digits, compute, flops=0.5)
+    assert learned(small, digits, compute, flops=np.array([0.7, 0.5])) == learned(small, digits, compute, flops=[0.5, 0.7])
