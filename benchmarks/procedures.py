@@ -18,7 +18,7 @@ from torch.optim.swa_utils import update_bn
 import legr
 from benchmarks.networks import torch_pruned
 from legr import Graph, Ranking, models
-from legr.data import Dataset, Images, normalize
+from legr.data import Dataset, Images, Normalization
 from legr.fitness import Fitness, FitnessSettings
 from legr.ranking import FLOOR, MIN_WIDTH
 from legr.training import Compute, Recipe, train
@@ -67,7 +67,7 @@ def plain_epoch(model: nn.Module, images: Images) -> None:
 
 def _nchw(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for pixels, labels in zip(images.pixels.split(size), images.labels.split(size), strict=True):
-        yield normalize(pixels).contiguous(), labels
+        yield Normalization()(pixels).contiguous(), labels
 
 
 def pruned(model: nn.Module, graph: Graph, ranking: Ranking, flops: float) -> nn.Module:

@@ -230,8 +230,7 @@ class Experiment:
 
     @property
     def example(self) -> torch.Tensor:
-        side = self.settings.data.resolution
-        return torch.zeros(1, 3, side, side)
+        return torch.zeros(1, *self.settings.data.shape)
 
     def ranking(self, method: str, trial: int) -> legr.Ranking | None:
         """A learned method's ranking; None for the others."""

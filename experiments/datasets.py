@@ -1,10 +1,11 @@
 """The data sets: a row of `DATASETS` each. `prepare` reads the images once; `load` gives them to the notebooks."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from legr.data import Augmentation, Batches, Dataset, Images, hold_out, normalize
-from legr.files import UserError, load_state, save_state, tensors_digest
+from legr.data import Augmentation, Batches, Dataset, Images, Normalization, check_channels, hold_out, shrunk
+from legr.files import UserError, digest, load_state, save_state, tensors_digest
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -26,7 +27,9 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    resolution: PositiveInt = 32
+    resolution: PositiveInt | tuple[PositiveInt, PositiveInt] = 32  # pixels: a side, or height and width
+    channels: Literal[1, 3] = 3  # 1: grey
+    normalization: Normalization = Normalization()  # of the network's inputs: imagenet, none, raw, or mean and std
     holdout: PositiveInt  # training images kept from the dense network, on which the search judges
     folder: str | None = None  # has train/<class>/ and test/<class>/ (or val/<class>/)
     stream: bool = False  # decode in every epoch instead of once into memory
@@ -41,9 +44,15 @@ class DataSettings(BaseModel):
         return name
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        sides = self.resolution if isinstance(self.resolution, tuple) else (self.resolution,) * 2
+        return self.channels, *sides
+
+    @property
     def about(self) -> str:
         """For captions."""
-        return f"{DATASETS[self.name].about}, {self.resolution}×{self.resolution}"
+        return f"{DATASETS[self.name].about}, {self.shape[1]}×{self.shape[2]}"
 
 
 Read = tuple[list[str], Images, Images]  # classes, training and test images
@@ -66,9 +75,9 @@ def digits(settings: DataSettings, _: Path | None = None) -> Read:
     grey = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
     # Noise, without which all of them are easy and all networks the same.
     grey += 0.15 * torch.randn(grey.shape, generator=torch.Generator().manual_seed(0))
-    large = F.interpolate(grey.clamp(0, 1), size=(settings.resolution,) * 2, mode="bilinear", align_corners=False)
-    pixels = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-    every = Images(pixels, torch.tensor(bunch.target, dtype=torch.int64))
+    large = F.interpolate(grey.clamp(0, 1), size=settings.shape[1:], mode="bilinear", align_corners=False)
+    pixels = (large * 255).round().to(torch.uint8).expand(-1, settings.channels, -1, -1).contiguous()
+    every = _images(settings, pixels, torch.tensor(bunch.target, dtype=torch.int64))
     test = torch.arange(len(every)) % 3 == 0
     return [str(d) for d in range(10)], every[~test], every[test]
 
@@ -80,10 +89,11 @@ def cifar10(settings: DataSettings, downloads: Path) -> Read:
     if _folder_of(settings):
         classes, train, test = folder(settings, downloads)
     else:
-        if settings.resolution != 32:
-            raise UserError(f"data.resolution is {settings.resolution}; cifar10 has images of 32 by 32")
+        if settings.shape != (3, 32, 32):
+            raise UserError(f"data.resolution is {settings.resolution}; cifar10 has images of 32 by 32, in colour")
         parts = [_downloaded(CIFAR10, settings, downloads, train=train) for train in (True, False)]
-        every = (Images(torch.tensor(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts)
+        pixels = [torch.tensor(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+        every = (_images(settings, x, torch.tensor(part.targets)) for x, part in zip(pixels, parts, strict=True))
         classes, (train, test) = parts[0].classes, (images[images.labels.argsort(stable=True)] for images in every)
     if classes != CIFAR10_CLASSES or (len(train), len(test)) != (50_000, 10_000):
         raise UserError(
@@ -111,8 +121,6 @@ def imagenet(settings: DataSettings, downloads: Path) -> Read:
 
 def folder(settings: DataSettings, _: Path | None = None) -> Read:
     """train/<class>/ and test/<class>/ (or val/<class>/): decoded into memory, or listed to be streamed."""
-    from torchvision.datasets import ImageFolder
-
     given = _folder_of(settings)
     if not given:
         raise UserError(f"data.folder is missing; data.name {settings.name!r} needs a folder with train/<class>/")
@@ -121,20 +129,46 @@ def folder(settings: DataSettings, _: Path | None = None) -> Read:
     parts = []
     for split in splits:
         try:
-            listing = ImageFolder(split)
+            classes, samples = _listing(split)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"data folder {split} can't be used ({str(error).splitlines()[0]}); "
                 f"{root} must hold train/<class>/ and test/<class>/ (or val/<class>/)"
             ) from None
-        names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in listing.samples])
+        names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in samples])
         names = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))
-        files = Files(str(split.absolute()), names, torch.tensor(listing.targets), settings.resolution)
-        parts.append((listing.classes, files if settings.stream else files.load()))
+        given = (names, torch.tensor([label for _, label in samples]), settings.shape, settings.augmentation)
+        files = Files(str(split.absolute()), *given, settings.normalization)
+        parts.append((classes, files if settings.stream else files.load()))
     if parts[0][0] != parts[1][0]:
         odd = sorted(set(parts[0][0]) ^ set(parts[1][0]))
         raise UserError(f"data folder {root} has classes in only one of its splits: {', '.join(odd[:5])}")
     return parts[0][0], parts[0][1], parts[1][1]
+
+
+def _listing(split: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """Classes, and images with their labels. Hidden files and folders are passed over; what is left out is counted."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+    left_out = Counter()
+
+    def is_image(path: str) -> bool:
+        hidden = f"{os.sep}." in path.removeprefix(str(split))
+        known = path.lower().endswith(IMG_EXTENSIONS)
+        if not known and not hidden:
+            left_out[Path(path).suffix.lower() or "without a suffix"] += 1
+        return known and not hidden
+
+    classes = [name for name in find_classes(split)[0] if not name.startswith(".")]
+    samples = make_dataset(split, {name: i for i, name in enumerate(classes)}, is_valid_file=is_image)
+    if left_out:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.items())
+        print(f"{split}: {left_out.total()} files are left out ({kinds})")
+    return classes, samples
+
+
+def _images(settings: DataSettings, pixels: Tensor, labels: Tensor) -> Images:
+    return Images(pixels, labels, settings.augmentation, settings.normalization)
 
 
 def _folder_of(settings: DataSettings) -> str | None:
@@ -166,16 +200,20 @@ class Files(torch.utils.data.Dataset):
     """`Images` on disk, decoded by worker processes in every epoch: memory does not grow with the data set.
 
     `names` are paths below `root`, encoded and filled up with zeros: uint8 [N, longest], which workers share.
-    `transform` makes of an image one of side×side; None takes the largest square in its middle.
+    `transform` makes of an image one of height×width; None takes the largest part of these proportions in its middle.
     """
 
     root: str
     names: Tensor
     labels: Tensor
-    side: int
+    shape: tuple[int, int, int]  # channels, height and width
     augmentation: Augmentation = field(default_factory=Augmentation)
+    normalization: Normalization = field(default_factory=Normalization)
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable) where batches come to
     transform: Callable | None = None
+
+    def __post_init__(self):
+        check_channels(self.normalization, self.shape[0])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -183,10 +221,12 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, index: Tensor | slice | int):
         """A part of the set; of a whole number, as DataLoader asks, one decoded image with its label."""
         if isinstance(index, int):
-            image = _read_image(Path(self.root, os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0"))))
-            fit = ImageOps.fit(image, (self.side,) * 2, Image.Resampling.BILINEAR)
+            path = Path(self.root, os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0")))
+            channels, height, width = self.shape
+            image = _read_image(path, channels)
+            fit = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
             image = fit if self.transform is None else self.transform(image)
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.labels[index]
+            return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1), self.labels[index]
         return replace(self, names=self.names[index], labels=self.labels[index])
 
     def to(self, device: str | torch.device) -> "Files":
@@ -195,24 +235,26 @@ class Files(torch.utils.data.Dataset):
     def load(self) -> Images:
         """Decode all of them into memory."""
         pixels = torch.cat([pixels for pixels, _ in self._decoded(64)])
-        return Images(pixels, self.labels, self.augmentation).to(self.device)
+        return Images(pixels, self.labels, self.augmentation, self.normalization).to(self.device)
 
     def digest(self) -> str:
-        return tensors_digest({"names": self.names, "labels": self.labels, "side": torch.tensor(self.side)})
+        names = tensors_digest({"names": self.names, "labels": self.labels})
+        return digest([names, self.shape, self.normalization.model_dump()])
 
     def batches(self, size: int) -> Batches:
         for pixels, labels in self._decoded(size):
-            yield normalize(pixels.to(self.device)), labels.to(self.device)
+            yield self.normalization(pixels.to(self.device)), labels.to(self.device)
 
     def augmented_batches(self, size: int, generator: torch.Generator, side: int | None = None) -> Batches:
         from torchvision.transforms import v2
 
-        steps = [v2.RandomResizedCrop(side or self.side, (self.augmentation.min_area, 1.0))]
+        to = self.shape[1:] if side is None else shrunk(self.shape, side)
+        steps = [v2.RandomResizedCrop(to, (self.augmentation.min_area, 1.0))]
         steps += [v2.RandomHorizontalFlip()] if self.augmentation.flip else []
         shuffled = self[torch.randperm(len(self), generator=generator)[: max(len(self) // size, 1) * size]]
         augmented = replace(shuffled, transform=v2.Compose(steps))
         for pixels, labels in augmented._decoded(size, generator):
-            yield normalize(pixels.to(self.device)), labels.to(self.device)
+            yield self.normalization(pixels.to(self.device)), labels.to(self.device)
 
     def _decoded(self, size: int, generator: torch.Generator | None = None) -> Batches:
         workers = min(os.cpu_count() or 1, 16, max(len(self) // 500, 1))
@@ -223,10 +265,16 @@ class Files(torch.utils.data.Dataset):
             raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
 
 
-def _read_image(path: Path) -> Image.Image:
+def _read_image(path: Path, channels: int) -> Image.Image:
+    """Turned as its EXIF tag says; 16 bits are scaled to 8."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM"):
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            elif file.mode in ("I", "F"):
+                raise ValueError("its pixels have 32 bits, of which 0 and 255 are unknown; save it with 8 or 16")
+            return image.convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} can't be read ({type(error).__name__}: {error})") from None
 
@@ -240,7 +288,7 @@ def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
     state = {"settings": settings.model_dump(), "classes": classes}
     state["holdout"] = hold_out(train.labels, settings.holdout, settings.seed)
     for split, images in {"train": train, "test": test}.items():
-        kept = ("root", "names", "labels", "side") if isinstance(images, Files) else ("pixels", "labels")
+        kept = ("root", "names", "labels", "shape") if isinstance(images, Files) else ("pixels", "labels")
         state[split] = {name: getattr(images, name) for name in kept}
     save_state(path, state)
 
@@ -253,7 +301,9 @@ def load(path: Path, settings: DataSettings) -> Dataset:
     if state["settings"] != settings.model_dump():
         raise UserError(f"images {path} were prepared with other settings; run the data stage (dvc repro) again")
     train, test = (
-        (Files if "root" in part else Images)(**part, augmentation=settings.augmentation)
+        (Files if "root" in part else Images)(
+            **part, augmentation=settings.augmentation, normalization=settings.normalization
+        )
         for part in (state["train"], state["test"])
     )
     return Dataset(settings.name, state["classes"], train, state["holdout"], test)

@@ -1,18 +1,52 @@
 """Labelled images as batches that a network takes: plain ones, and augmented ones."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from legr.files import Settings, UserError, digest, tensors_digest
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Batches = Iterator[tuple[Tensor, Tensor]]  # inputs float32 [B, 3, H, W], labels int64 [B]
+Batches = Iterator[tuple[Tensor, Tensor]]  # inputs float32 [B, C, H, W], labels int64 [B]
+NORMALIZATIONS = {
+    "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    "none": {"mean": (0,), "std": (1,)},  # inputs of 0 to 1
+    "raw": {"mean": (0,), "std": (1 / 255,)},  # inputs of 0 to 255
+}
+
+
+class Normalization(Settings):
+    """What the network was trained on: (pixel / 255 - mean) / std, with one number for each channel or for all.
+
+    `Normalization.model_validate("none")` and the other names of `NORMALIZATIONS` stand for the usual ones.
+    """
+
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] = NORMALIZATIONS["imagenet"]["mean"]
+    std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = NORMALIZATIONS["imagenet"]["std"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in NORMALIZATIONS:
+            raise ValueError(f"it must be {', '.join(NORMALIZATIONS)}, or have mean and std")
+        return NORMALIZATIONS[value] if isinstance(value, str) else value
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels of 0 to 255 [N, C, H, W] as a network takes them: float32, channels last."""
+        mean, std = _on(self, pixels.device)
+        return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.lru_cache
+def _on(normalization: Normalization, device: torch.device) -> list[Tensor]:
+    """Mean and standard deviation [1, C, 1, 1] of pixels of 0 to 255."""
+    values = (normalization.mean, normalization.std)
+    return [torch.tensor(value, device=device).view(1, -1, 1, 1) * 255 for value in values]
 
 
 class Augmentation(Settings):
@@ -29,14 +63,26 @@ class Augmentation(Settings):
 
 @dataclass(frozen=True)
 class Images:
-    """A labelled set in memory: `pixels` uint8 [N, 3, H, W], `labels` int64 [N], both on one device.
+    """A labelled set in memory: `pixels` uint8 [N, C, H, W], `labels` int64 [N], both on one device.
 
     Any class with these methods can take its place, such as one that decodes files in every epoch.
+
+    Raises:
+        UserError: pixels or labels have another type or shape; `normalization` is for another number of channels.
     """
 
     pixels: Tensor
     labels: Tensor
     augmentation: Augmentation = field(default_factory=Augmentation)
+    normalization: Normalization = field(default_factory=Normalization)
+
+    def __post_init__(self):
+        for name, dtype, dims in (("pixels", torch.uint8, 4), ("labels", torch.int64, 1)):
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype or tensor.dim() != dims or len(tensor) != len(self.labels):
+                wanted = f"it must be {dtype} [N{', C, H, W' * (dims == 4)}], with {len(self.labels)} labels"
+                raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}; {wanted}")
+        check_channels(self.normalization, self.shape[0])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,8 +91,9 @@ class Images:
         return replace(self, pixels=self.pixels[index], labels=self.labels[index])
 
     @property
-    def side(self) -> int:
-        return self.pixels.shape[-1]
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return tuple(self.pixels.shape[1:])
 
     @property
     def device(self) -> torch.device:
@@ -60,12 +107,12 @@ class Images:
         return self
 
     def digest(self) -> str:
-        return tensors_digest({"pixels": self.pixels, "labels": self.labels})
+        return digest([tensors_digest({"pixels": self.pixels, "labels": self.labels}), self.normalization.model_dump()])
 
     def batches(self, size: int) -> Batches:
         """All images in order, normalized."""
         for pixels, labels in zip(self.pixels.split(size), self.labels.split(size), strict=True):
-            yield normalize(pixels), labels
+            yield self.normalization(pixels), labels
 
     def augmented_batches(self, size: int, generator: torch.Generator, side: int | None = None) -> Batches:
         """One shuffled epoch of random crops and horizontal flips, normalized.
@@ -73,42 +120,65 @@ class Images:
         Args:
             size: batch size; an incomplete last batch is dropped, unless it is the only one.
             generator: on the CPU; decides order, crops and flips, so that every device agrees.
-            side: to which crops are shrunk; None leaves them.
+            side: to which the shorter side of crops is shrunk; None leaves them.
         """
         n = len(self)
         order = torch.randperm(n, generator=generator)[: max(n // size, 1) * size]
         flips = torch.rand(n, generator=generator) < (0.5 if self.augmentation.flip else 0)
-        crop = self._padded_crops if self.augmentation.crop == "pad" else self._resized_crops
         places = torch.rand(n, 4, generator=generator)
+        if self.augmentation.crop == "pad":
+            crop, drawn = self._padded_crops, torch.cat([self._offsets(places), flips[:, None]], 1)
+        else:
+            crop, drawn = self._resized_crops, self._transforms(places, flips)
+        order, drawn = order.to(self.device), drawn.to(self.device)  # once an epoch, so that no step waits
         for index in order.split(size):
-            here = index.to(self.device)
-            crops = crop(self.pixels[here], places[index], flips[index])
-            if side not in (None, self.side):
-                crops = F.interpolate(crops.float(), size=(side, side), mode="bilinear", antialias=True)
-            yield normalize(crops), self.labels[here]
+            crops = crop(self.pixels[index], drawn[index])
+            if side is not None and side != min(self.shape[1:]):
+                crops = F.interpolate(crops.float(), size=shrunk(self.shape, side), mode="bilinear", antialias=True)
+            yield self.normalization(crops), self.labels[index]
 
-    def _padded_crops(self, pixels: Tensor, places: Tensor, flips: Tensor) -> Tensor:
-        side = self.side
-        pad, along = side // 8, torch.arange(side)
-        offsets = (places[:, :2] * (2 * pad + 1)).long()
-        rows = offsets[:, :1] + along
-        columns = offsets[:, 1:] + torch.where(flips[:, None], along.flip(0), along)
-        picks = (torch.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :])
-        image, row, column = (pick.to(self.device) for pick in picks)
-        # Indices around a slice put the channels last: [B, H, W, 3].
-        return F.pad(pixels, (pad,) * 4)[image, :, row, column].permute(0, 3, 1, 2)
+    def _offsets(self, places: Tensor) -> Tensor:
+        """The first row and column of each crop out of the padded image, int64 [N, 2]."""
+        _, height, width = self.shape
+        return (places[:, :2] * torch.tensor([2 * (height // 8) + 1, 2 * (width // 8) + 1])).long()
 
-    def _resized_crops(self, pixels: Tensor, places: Tensor, flips: Tensor) -> Tensor:
-        """Parts of `min_area` to all of the area, sides 3:4 to 4:3 (Szegedy et al., CVPR 2015), bilinear."""
+    def _padded_crops(self, pixels: Tensor, drawn: Tensor) -> Tensor:
+        _, height, width = self.shape
+        images, down, along = (torch.arange(n, device=self.device) for n in (len(pixels), height, width))
+        rows = drawn[:, :1] + down
+        columns = drawn[:, 1:2] + torch.where(drawn[:, 2:] > 0, along.flip(0), along)
+        padded = F.pad(pixels, (width // 8, width // 8, height // 8, height // 8))
+        # Indices around a slice put the channels last: [B, H, W, C].
+        return padded[images[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    def _transforms(self, places: Tensor, flips: Tensor) -> Tensor:
+        """Affine maps [N, 2, 3] to parts of `min_area` to all of the area, proportions 3:4 to 4:3 of the image's own.
+
+        Szegedy et al., CVPR 2015.
+        """
         area = self.augmentation.min_area + (1 - self.augmentation.min_area) * places[:, 0]
         widest = torch.minimum(torch.log(torch.tensor(4 / 3)), -torch.log(area))  # no side is longer than the image's
         ratio = torch.exp((2 * places[:, 1] - 1) * widest)
         size = torch.stack([area * ratio, area / ratio], 1).sqrt()  # width, height; the image's are 1
         centre = (2 * places[:, 2:] - 1) * (1 - size)
         transform = torch.diag_embed(torch.where(flips[:, None] & torch.tensor([True, False]), -size, size))
-        transform = torch.cat([transform, centre[:, :, None]], 2).to(self.device)
-        grid = F.affine_grid(transform, list(pixels.shape), align_corners=False)
+        return torch.cat([transform, centre[:, :, None]], 2)
+
+    def _resized_crops(self, pixels: Tensor, transforms: Tensor) -> Tensor:
+        grid = F.affine_grid(transforms, list(pixels.shape), align_corners=False)
         return F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+
+
+def check_channels(normalization: Normalization, channels: int) -> None:
+    """Raise UserError unless `normalization` is for images of so many channels."""
+    for name in ("mean", "std"):
+        if (count := len(getattr(normalization, name))) not in (1, channels):
+            raise UserError(f"normalization.{name} has {count} numbers; the images have {channels} channels")
+
+
+def shrunk(shape: tuple[int, int, int], side: int) -> tuple[int, int]:
+    """Height and width when the shorter one becomes `side`."""
+    return tuple(round(length * side / min(shape[1:])) for length in shape[1:])
 
 
 @dataclass(frozen=True)
@@ -125,6 +195,16 @@ class Dataset:
     holdout_index: Tensor  # int64, sorted: which training images are held out
     test: Images
 
+    def __post_init__(self):
+        for name in ("train", "test"):
+            images = getattr(self, name)
+            if len(images) and not 0 <= images.labels.min() <= images.labels.max() < len(self.classes):
+                least, most = images.labels.min(), images.labels.max()
+                raise UserError(f"{name} has labels {least} to {most}; there are {len(self.classes)} classes")
+        (one, scaled), (other, also) = ((images.shape, images.normalization) for images in (self.train, self.test))
+        if one != other or scaled != also:
+            raise UserError(f"train has images {list(one)}, test {list(other)}; shape and normalization must be equal")
+
     @property
     def holdout(self) -> Images:
         return self.train[self.holdout_index]
@@ -140,13 +220,6 @@ class Dataset:
 
     def digest(self) -> str:
         return digest([self.train.digest(), self.test.digest(), self.holdout_index.tolist()])
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    """Pixels of 0 to 255 [N, 3, H, W] to float32 by ImageNet's mean and standard deviation, channels last."""
-    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(IMAGENET_STD, device=pixels.device).view(1, 3, 1, 1) * 255
-    return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def hold_out(labels: Tensor, count: int, seed: int) -> Tensor:

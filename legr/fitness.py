@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from legr.data import Dataset
-from legr.files import Settings
+from legr.files import Settings, UserError
 from legr.graph import Graph
 from legr.ranking import FLOOR, Ranking, filter_norms, select
 from legr.surgery import prune
@@ -51,6 +51,9 @@ class Fitness:
     seed: int = 0
 
     def __post_init__(self):
+        if self.data.train.shape != self.graph.inputs:
+            traced, given = list(self.graph.inputs), list(self.data.train.shape)
+            raise UserError(f"data has images {given}; graph was traced with an example input of {traced}")
         self.targets = sorted(self.targets, reverse=True)
         self.norms = filter_norms(self.model, self.graph)
         self.model = copy.deepcopy(self.model).to(self.compute.device, memory_format=torch.channels_last).eval()

@@ -70,6 +70,7 @@ class Graph:
     other_flops: int  # multiply-accumulates of layers that are left whole
     whole: dict[str, str]  # modules with an operation whose inputs and outputs can't be pruned, and why
     constants: dict[str, Tensor]  # tensors that the network makes in its forward pass
+    inputs: tuple[int, ...] = ()  # channels, height and width that the network was traced with
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the network's parameters and buffers
     frozen: frozenset[str] = frozenset()  # modules that stay in eval mode when the network is trained
     members: list[dict[int, int]] = field(init=False)  # per unit: how many filters of which layer (by its index)

@@ -51,7 +51,8 @@ def trace(model: nn.Module, example_input: Tensor, check: bool = True) -> Graph:
         labeller = Labeller(network, trusted)
         with torch.no_grad():
             graph = labeller.found(example_input)
-        graph.frozen, graph.shapes = frozen, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        graph.inputs, graph.frozen = tuple(example_input.shape[1:]), frozen
+        graph.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         problem = _difference(model, graph, example_input) if check else None
         if not (problem and labeller.distrusted):
             break

@@ -59,6 +59,10 @@ class Recipe(Settings):
         return next((side for until, side in self.resolutions if epoch < until * self.epochs), None)
 
     def optimizer(self, model: nn.Module) -> SGD:
+        if other := [p.dtype for p in model.parameters() if p.dtype != torch.float32]:
+            raise UserError(
+                f"the network has weights of type {other[0]}; it is trained in float32: hand in model.float()"
+            )
         nesterov = self.nesterov and self.momentum > 0
         return SGD(model.parameters(), self.lr, self.momentum, 0, self.weight_decay, nesterov)
 
@@ -94,36 +98,84 @@ class Compute(Settings):
 
 
 def evaluate(model: nn.Module, images: Images, compute: Compute) -> dict[str, float]:
-    """Cross-entropy `loss` and `accuracy` (a fraction) in eval mode; the model's mode is restored."""
-    was_training, size = model.training, _batch_size(images, 256 if images.device.type == "cpu" else 500)
+    """Cross-entropy `loss` and `accuracy` (a fraction) in eval mode; the model's mode is restored.
+
+    Raises:
+        UserError: the network does not take these images, or gives other than logits [N, classes].
+    """
+    size, most = _batch_size(images, 256 if images.device.type == "cpu" else 500), int(images.labels.max())
 
     def sums(batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, labels = batch
         with torch.inference_mode(), compute.autocast():
-            logits = model(inputs).float()
+            logits = _logits(model, inputs, most)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             return torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
 
-    model.eval()
     threads = torch.get_num_threads()
-    if isinstance(images, Images) and images.device.type == "cpu":
-        # Small operations keep several cores busier so than split up between them, and give the same bits.
-        starts = range(0, len(images), size)
-        try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                parts = list(pool.map(lambda i: sums(*images[i : i + size].batches(size)), starts))
-        finally:
-            torch.set_num_threads(threads)
-    else:
-        parts = [sums(batch) for batch in images.batches(size)]
-    model.train(was_training)
+    with _in_mode(model, training=False):
+        if isinstance(images, Images) and images.device.type == "cpu":
+            # Small operations keep several cores busier than split up between them, and give the same bits.
+            starts = range(0, len(images), size)
+            try:
+                with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                    parts = list(pool.map(lambda i: sums(*images[i : i + size].batches(size)), starts))
+            finally:
+                torch.set_num_threads(threads)
+        else:
+            parts = [sums(batch) for batch in images.batches(size)]
     loss, correct = torch.stack(parts).sum(0).tolist()
     return {"loss": loss / len(images), "accuracy": correct / len(images)}
 
 
 def _batch_size(images: Images, at_32: int) -> int:
-    """`at_32` at 32 pixels; less for larger images, whose feature maps take more memory."""
-    return max(at_32 * 32 // max(images.side, 32), 1)
+    """`at_32` at 32×32 pixels; less for larger images, whose feature maps take more memory."""
+    _, height, width = images.shape
+    return max(int(at_32 * 32 / max(math.sqrt(height * width), 32)), 1)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """While it lasts; then every module has its mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _given(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Inputs in the type of the network's weights."""
+    return inputs.to(next((p.dtype for p in model.parameters()), torch.float32))
+
+
+@contextmanager
+def _in_one_sentence(images: str) -> Iterator[None]:
+    """Says it where a network does not take `images`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the network can't be run on {images}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _logits(model: nn.Module, inputs: Tensor, most: int) -> Tensor:
+    """float32 [N, classes]. `most` is the largest label."""
+    with _in_one_sentence(f"images {list(inputs.shape[1:])}"):
+        logits = model(_given(model, inputs))
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        outputs = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f"the network gives {outputs} for images {list(inputs.shape)}; it must give logits [N, classes]"
+        )
+    if logits.shape[1] <= most:
+        raise UserError(f"the network has {logits.shape[1]} outputs; labels of the images go up to {most}")
+    return logits.float()
 
 
 def recalibrate(model: nn.Module, images: Images, compute: Compute) -> None:
@@ -131,15 +183,13 @@ def recalibrate(model: nn.Module, images: Images, compute: Compute) -> None:
 
     Statistics of a BatchNorm that stays in eval mode when the network is trained are left as they are.
     """
-    was_training = model.training
-    frozen = [m for m in model.train().modules() if isinstance(m, _BatchNorm) and not m.training]
-    for module in frozen:
-        module.track_running_stats = False  # so update_bn does not reset them; eval mode uses them all the same
-    with compute.autocast():
-        update_bn((inputs for inputs, _ in images.batches(_batch_size(images, 250))), model)
-    for module in frozen:
-        module.track_running_stats = True
-    model.train(was_training)
+    with _in_mode(model, training=True), compute.autocast(), _in_one_sentence(f"images {list(images.shape)}"):
+        frozen = [m for m in model.modules() if isinstance(m, _BatchNorm) and not m.training]
+        for module in frozen:
+            module.track_running_stats = False  # so update_bn does not reset them; eval mode uses them all the same
+        update_bn((_given(model, inputs) for inputs, _ in images.batches(_batch_size(images, 250))), model)
+        for module in frozen:
+            module.track_running_stats = True
 
 
 def take_steps(model: nn.Module, images: Images, recipe: Recipe, steps: int, compute: Compute, seed: int) -> None:
@@ -147,11 +197,17 @@ def take_steps(model: nn.Module, images: Images, recipe: Recipe, steps: int, com
     generator = torch.Generator().manual_seed(seed)
     epochs = (images.augmented_batches(recipe.batch_size, generator) for _ in itertools.count())
     batches = itertools.islice(itertools.chain.from_iterable(epochs), steps)
-    _descend(model, recipe.optimizer(model), batches, lambda step: recipe.lr, compute, seed)
+    _descend(model, recipe.optimizer(model), batches, lambda step: recipe.lr, compute, seed, int(images.labels.max()))
 
 
 def _descend(
-    model: nn.Module, optimizer: SGD, batches: Iterable, rate: Callable[[int], float], compute: Compute, seed: int
+    model: nn.Module,
+    optimizer: SGD,
+    batches: Iterable,
+    rate: Callable[[int], float],
+    compute: Compute,
+    seed: int,
+    most: int,
 ) -> Tensor:
     """A gradient step for each batch, at the learning rate of its number; the mean loss and accuracy [2] over images.
 
@@ -164,7 +220,7 @@ def _descend(
         for step, (inputs, labels) in enumerate(batches):
             optimizer.param_groups[0]["lr"] = rate(step)
             with compute.autocast():
-                logits = model(inputs).float()
+                logits = _logits(model, inputs, most)
                 loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -214,7 +270,7 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         rows = state["rows"]
-    steps = max(len(images) // recipe.batch_size, 1)
+    steps, most = max(len(images) // recipe.batch_size, 1), int(images.labels.max())
     for epoch in range(len(rows), recipe.epochs):
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -223,7 +279,7 @@ def train(
         def rate(step: int, epoch: int = epoch) -> float:
             return recipe.learning_rate((epoch + step / steps) / recipe.epochs)
 
-        means = _descend(model, optimizer, batches, rate, compute, generator.initial_seed())
+        means = _descend(model, optimizer, batches, rate, compute, generator.initial_seed(), most)
         train_loss, train_accuracy = means.tolist()
         if not math.isfinite(train_loss):
             what = f"the loss became {train_loss} in epoch {epoch + 1}"

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 import legr
-from legr.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Dataset, Images, hold_out
+from legr.data import Augmentation, Dataset, Images, Normalization, hold_out
 
-MEAN, STD = (255 * torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+MEAN, STD = (255 * torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 def seeded(seed):
@@ -68,6 +69,51 @@ def test_resized_crops_are_parts_of_the_image_and_flips(min_area, flip):
 
 
 @pytest.mark.parametrize("crop", ["pad", "resized"])
+def test_grey_and_oblong_images_stay_so(crop):
+    pixels = torch.randint(0, 256, (9, 1, 16, 24), dtype=torch.uint8, generator=seeded(0))
+    images = Images(pixels, torch.arange(9), Augmentation(crop=crop), Normalization.model_validate("none"))
+    ((inputs, _),) = images.batches(9)
+    torch.testing.assert_close(inputs, pixels / 255)
+    for side, shape in ((None, (16, 24)), (8, (8, 12))):
+        ((inputs, labels),) = images.augmented_batches(9, seeded(1), side)
+        assert inputs.shape == (9, 1, *shape) and sorted(labels.tolist()) == list(range(9))
+        assert inputs.min() >= 0 and inputs.max() <= 1
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("none", 0, 1), ("raw", 0, 255), ("imagenet", -2.118, 2.64)])
+def test_a_normalization_has_a_name_or_numbers(name, low, high):
+    named, pixels = Normalization.model_validate(name), torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    found = named(pixels.expand(2, 3, 4, 4))
+    assert (found.min().item(), found.max().item()) == pytest.approx((low, high), abs=1e-3)
+    assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
+    assert Normalization.model_validate(named.model_dump()) == named
+    for wrong in ("cifar", {"mean": [], "std": [1]}, {"std": [0]}, {"means": [0]}):
+        with pytest.raises(
+            ValidationError, match="it must be imagenet, none, raw|at least 1|greater than 0|not permit"
+        ):
+            Normalization.model_validate(wrong)
+
+
+def test_what_is_no_set_of_images_is_refused():
+    pixels, labels = noise(4, 8).pixels, torch.arange(4)
+    for wrong, message in (
+        ({"pixels": pixels / 255}, r"pixels is torch.float32 \[4, 3, 8, 8\]; it must be torch.uint8 \[N, C, H, W\]"),
+        ({"pixels": pixels[0]}, r"pixels is torch.uint8 \[3, 8, 8\]"),
+        ({"pixels": pixels[:3]}, r"pixels is torch.uint8 \[3, 3, 8, 8\]; .* with 4 labels"),
+        ({"labels": labels.float()}, r"labels is torch.float32 \[4\]; it must be torch.int64 \[N\]"),
+        ({"pixels": pixels[:, :1]}, "normalization.mean has 3 numbers; the images have 1 channels"),
+    ):
+        with pytest.raises(legr.UserError, match=message):
+            Images(**{"pixels": pixels, "labels": labels} | wrong)
+    for test, message in (
+        (noise(5, 8), "test has labels 0 to 4; there are 4 classes"),
+        (noise(4, 9), r"test \[3, 9, 9\]"),
+    ):
+        with pytest.raises(legr.UserError, match=message):
+            Dataset("noise", list("abcd"), noise(4, 8), torch.tensor([0]), test)
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized"])
 def test_the_generator_decides_everything(crop):
     images = noise(40, 16, crop=crop)
 
@@ -103,7 +149,10 @@ def test_of_every_class_its_share_is_held_out():
 
 def test_fit_and_holdout_are_all_training_images_each_once():
     train, held = noise(30, 8), [3, 4, 20]
-    dataset, other = (Dataset("noise", ["a"], train, torch.tensor(h), noise(5, 8)) for h in (held, [3, 4, 21]))
+    dataset, other = (
+        Dataset("noise", [*"abcdefghijklmnopqrstuvwxyzäöüß"], train, torch.tensor(h), noise(5, 8))
+        for h in (held, [3, 4, 21])
+    )
     assert dataset.holdout.labels.tolist() == held
     assert dataset.fit.labels.tolist() == [i for i in range(30) if i not in held]
     assert torch.equal(dataset.fit.pixels[3], train.pixels[5])

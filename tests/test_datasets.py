@@ -73,6 +73,39 @@ def test_a_folder_has_its_classes_in_order_and_images_keep_their_proportions(tmp
     assert (data.test.pixels[1] == 0).all()  # the square in the middle, not the whole squashed
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_photographs_as_cameras_and_people_leave_them(tmp_path, stream, capsys):
+    root = plant(tmp_path / "own", ["ant", "owl"], (4, 2))
+    ramp = np.tile(np.linspace(0, 65535, 40).astype(np.uint16), (20, 1))  # dark on the left
+    Image.fromarray(ramp).save(root / "train/ant/0.png")  # 16 bits
+    turned = Image.fromarray((ramp / 257).astype(np.uint8)).rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned.save(root / "train/ant/1.png", exif=exif)
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "ant", root / split / ".ipynb_checkpoints")
+    (root / "train/owl/notes.txt").touch()
+    (root / "train/owl/a.GIF").touch()
+    (root / "train/owl/._owl_0.jpg").touch()
+    data = prepared(root, tmp_path / "out", resolution=(20, 40), channels=1, normalization="none", stream=stream)
+    assert f"{root}/train: 2 files are left out (" in (told := capsys.readouterr().out) and "1 .gif" in told
+    assert data.classes == ["ant", "owl"] and data.train.labels.tolist() == [0] * 6 + [1] * 4
+    assert data.train.shape == (1, 20, 40)
+    inputs, _ = next(data.train.batches(3))
+    for image, name in ((inputs[0, 0], "16 bits"), (inputs[1, 0], "turned")):
+        np.testing.assert_allclose(image, np.tile(np.linspace(0, 1, 40), (20, 1)), atol=0.01, err_msg=name)
+    batches = list(data.train.augmented_batches(4, torch.Generator().manual_seed(0)))
+    assert all(inputs.shape == (4, 1, 20, 40) and 0 <= inputs.min() <= inputs.max() <= 1 for inputs, _ in batches)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_a_known_range_are_refused(tmp_path, dtype):
+    root = plant(tmp_path / "own", ["ant", "owl"], (2, 1))
+    Image.fromarray(np.ones((40, 40), dtype)).save(root / "train/ant/ant_9.tiff")
+    with pytest.raises(legr.UserError, match="^image .*ant_9.tiff can't be read .*its pixels have 32 bits"):
+        prepared(root, tmp_path / "out", holdout=2)
+
+
 def test_another_set_is_not_taken_for_cifar10(tree, tmp_path, monkeypatch):
     with pytest.raises(legr.UserError, match=r"has 30 training and 9 test images of n01440764.*CIFAR-10 has 50,000"):
         prepared(tree, tmp_path / "out", "cifar10")

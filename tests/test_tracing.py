@@ -237,7 +237,11 @@ def test_a_frozen_batchnorm_stays_frozen(compute):
         again = copy.deepcopy(small.train())
         for network in (small, again):
             network(torch.randn(4, 3, 8, 8))
-            recalibrate(network, Images(torch.full((4, 3, 8, 8), 7, dtype=torch.uint8), torch.zeros(4)), compute)
+            recalibrate(
+                network,
+                Images(torch.full((4, 3, 8, 8), 7, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)),
+                compute,
+            )
             assert network.training and not network.a.training and (network.a.running_mean == 0).all()
 
 

@@ -1,5 +1,7 @@
 """Recipes, training that resumes to the same bits, evaluation, recalibration."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -7,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 import legr
-from legr.data import normalize
+from legr.data import Normalization
 from legr.files import tensors_digest
 from legr.models import CifarResNet
 from legr.training import Compute, Recipe, evaluate, recalibrate, take_steps, train
@@ -81,6 +83,64 @@ def test_what_goes_wrong_is_one_sentence(digits, compute):
         Compute(device="abacus").resolve()
 
 
+class TwoHeads(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TwoHeads(CifarResNet(1)), "the network gives tuple for images .*; it must give logits"),
+        (lambda: CifarResNet(1).blocks, r"the network can't be run on images \[3, 32, 32\]: .*expected .*16 channels"),
+        (lambda: CifarResNet(1, 7), "the network has 7 outputs; labels of the images go up to 9"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 10, 3)), r"the network gives \[.*, 10, 30, 30\] for images"),
+    ],
+    ids=["two heads", "other channels", "too few classes", "maps"],
+)
+def test_images_that_do_not_fit_the_network_are_refused_in_one_sentence(digits, compute, make, message):
+    model = make().train()
+    before = tensors_digest(dict(model.named_parameters()))
+    for act in (
+        lambda: evaluate(model, digits.train, compute),
+        lambda: train(model, digits.train, Recipe(epochs=1, lr=1), compute, seed=0),
+        lambda: take_steps(model, digits.train, Recipe(epochs=1, lr=1), 1, compute, 0),
+    ):
+        with pytest.raises(legr.UserError, match=f"^{message}") as error:
+            act()
+        assert "\n" not in str(error.value)
+    assert model.training and tensors_digest(dict(model.named_parameters())) == before
+    with pytest.raises(legr.UserError, match=r"can't be run on images \[3, 32, 32\]"):
+        recalibrate(CifarResNet(1).blocks, digits.train, compute)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_other_types_are_evaluated_and_not_trained(digits, compute, dtype):
+    expected = evaluate(fresh(), digits.test, compute)["loss"]
+    model = fresh().to(dtype)
+    assert evaluate(model, digits.test, compute)["loss"] == pytest.approx(expected, rel=2e-2)
+    recalibrate(model, digits.test, compute)
+    with pytest.raises(legr.UserError, match=f"the network has weights of type {dtype}; it is trained in float32"):
+        train(model, digits.test, Recipe(epochs=1, lr=1), compute, seed=0)
+
+
+def test_the_network_is_judged_on_inputs_as_it_was_trained(digits, compute):
+    raw, model = (replace(digits.train, normalization=Normalization.model_validate("raw")), fresh())
+    with torch.inference_mode():
+        expected = nn.functional.cross_entropy(model.eval()(raw.pixels.float()), raw.labels).item()
+    assert evaluate(model, raw, compute)["loss"] == pytest.approx(expected, rel=1e-4)
+    assert evaluate(model, digits.train, compute)["loss"] != pytest.approx(expected, rel=0.1)
+    assert raw.digest() != digits.train.digest()
+
+
+def test_every_module_has_its_mode_back(digits, compute):
+    model = fresh().train()
+    model.bn1.eval()
+    evaluate(model, digits.test, compute)
+    recalibrate(model, digits.test, compute)
+    assert model.training and model.blocks[0].bn1.training and not model.bn1.training
+
+
 @pytest.mark.parametrize("count", [16, 100])
 def test_steps_are_as_many_as_asked_however_small_the_set(digits, compute, count):
     models = [fresh(dropping), fresh(dropping)]
@@ -101,7 +161,7 @@ def test_evaluation_is_the_mean_over_the_images_whatever_the_number_of_threads(d
         torch.set_num_threads(before)
     assert model.training and found[0] == found[1]
     with torch.inference_mode():
-        logits = model.eval()(normalize(digits.train.pixels))
+        logits = model.eval()(Normalization()(digits.train.pixels))
     expected = nn.functional.cross_entropy(logits, digits.train.labels).item()
     right = (logits.argmax(1) == digits.train.labels).double().mean().item()
     assert found[0] == {"loss": pytest.approx(expected, rel=1e-5), "accuracy": right}
