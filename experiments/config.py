@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
-from safetensors import safe_open
 from torch import nn
 
 import legr
@@ -210,15 +209,11 @@ class Experiment:
     def model(self) -> nn.Module:
         """The dense network, on the CPU in eval mode."""
         path = self.path("dense/network.safetensors")
-        try:
-            with safe_open(path, "pt") as file:
-                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (not a dict)
-            classes = [shape[0] for shape in shapes if len(shape) == 2][0]  # noqa: RUF015 the classifier's outputs
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist; it holds the dense network (the dense stage makes it)") from None
-        except Exception as error:
-            raise UserError(f"{path} is not the dense network's file ({error}); the dense stage makes it") from None
-        return models.load_weights(models.build(self.settings.model, classes, 0), path).eval()
+        state = models.read_weights(path)
+        outputs = [len(tensor) for tensor in state.values() if tensor.dim() == 2]
+        if not outputs:
+            raise UserError(f"{path} is not the dense network's file (no classifier); the dense stage makes it")
+        return models.fill(models.build(self.settings.model, outputs[-1], 0), state, path).eval()
 
     @functools.cached_property
     def graph(self) -> legr.Graph:

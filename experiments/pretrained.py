@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from experiments.config import Experiment
+from legr import models
 from legr.files import UserError, tensors_digest
 
 # Outputs of an ImageNet classifier (1,000 classes, sorted by WordNet id) that are the classes of Imagenette.
@@ -32,7 +32,7 @@ def start(model: nn.Module, exp: Experiment) -> dict[str, str]:
     path = os.environ.get(variable) if settings.weights == "torchvision" else settings.weights
     try:
         if path:
-            state = load_file(exp.root / Path(path).expanduser())
+            state = models.read_weights(exp.root / Path(path).expanduser())
         else:
             from torchvision.models import get_model_weights
 
@@ -41,13 +41,11 @@ def start(model: nn.Module, exp: Experiment) -> dict[str, str]:
         if set(exp.data.classes) <= IMAGENETTE.keys():
             rows = [IMAGENETTE[wordnet_id] for wordnet_id in exp.data.classes]
             state |= {key: value[rows] for key, value in state.items() if value.shape[:1] == (1000,)}
-        model.load_state_dict(state)
+        models.fill(model, state, path or "of torchvision")
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"dense.weights is {settings.weights!r}; {path or 'the download'} can't be used ({reason}); set it, or "
-            f"{variable}, to a safetensors file"
-        ) from None
+        reason = " ".join(str(error).split())
+        what = f"dense.weights is {settings.weights!r} and can't be used ({reason})"
+        raise UserError(f"{what}; set it, or {variable}, to a weights file") from None
     if settings.rescale:
         rescale(model)
     return {"weights": Path(path).name if path else "torchvision IMAGENET1K_V1", "digest": tensors_digest(state)}

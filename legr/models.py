@@ -1,13 +1,17 @@
 """The networks of the paper, and their weights as files: read without running pickled code."""
 
 import itertools
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.serialization import safe_globals
 
 from legr.files import UserError, atomic
 
@@ -93,21 +97,83 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         save_file(halved(model.state_dict()), temporary)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """Fill `model`, dense or pruned, from a safetensors file or a state dict saved by torch.save (.pt, .pth).
+class _Skipped:
+    def __init__(self, *_: Any):
+        """Takes the place of what a checkpoint holds beside tensors: none of that is imported or run."""
 
-    Raises:
-        UserError: the file is not whole, or of another network.
+    __setstate__ = __init__
+
+
+_ARRAYS = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
+_SKIPPED = [(_Skipped, name) for name in ("argparse.Namespace", "numpy.dtype", "numpy.ndarray", *_ARRAYS)]
+_NAMES = "((ema|state|dict|model|net|network|module|params|weights)_?)+"  # of a state dict in a checkpoint
+
+
+def _state_dict(found: Any) -> dict[str, Tensor] | None:
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        return None
+    inner = [found[key] for key in sorted(found, key=lambda key: "ema" not in key) if re.fullmatch(_NAMES, key)]
+    plain = all(isinstance(value, Tensor) for value in found.values())
+    return next(filter(None, map(_state_dict, inner)), found if plain else None)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file of safetensors or torch.save, told apart by content; pickled code never runs.
+
+    It may lie in `state_dict`, `model`, `net`, `ema` and the like (`model_state_dict`, `state_dict_ema`), nested too.
+    Of several, a moving average (`ema`) wins, then the first in the file. UserError says why there is none.
     """
     try:
-        pickled = Path(path).suffix in (".pt", ".pth")
-        state = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
-        model.load_state_dict(state)
-        if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{broken[0]} has values that are not finite")
-    except FileNotFoundError:
-        raise UserError(f"weights file {path} does not exist; run the stage that makes it") from None
+        with open(path, "rb") as file:
+            start = file.read(24)
+    except OSError as error:
+        remedy = "correct the path or run the stage that makes it"
+        raise UserError(f"weights file {path} can't be read: {error.strerror}; {remedy}") from None
+    try:
+        with open(path, "rb") as file, safe_globals(_SKIPPED), warnings.catch_warnings(action="ignore"):
+            found = load_file(path) if start[8:9] == b"{" else torch.load(file, map_location="cpu", weights_only=True)
+        state = _state_dict(found) or {}
+        bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+        if state and not bad:
+            return state
+        cause = f"{bad[0]!r} has values that are not finite" if bad else "it has no state dict; save model.state_dict()"
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"weights file {path} can't be loaded into {type(model).__name__}: {reason}") from None
+        cause = "it is empty, cut off or of another format than safetensors and torch.save; copy or save it again"
+        if start[:2] in (b"PK", b"\x80\x02") and re.search("GLOBAL|TorchScript", str(error)):
+            cause = "it holds more than tensors; save model.state_dict()"
+        elif start.startswith(b"version https://git-lfs"):
+            cause = "it is a pointer of git-lfs; run git lfs pull"
+    raise UserError(f"weights file {path} can't be read: {cause}")
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> nn.Module:
+    """Fill `model`, dense or pruned, with the tensors of `path`; where they are refused (UserError), it stays as it is.
+
+    Prefixes of wrappers (`module.`, `_orig_mod.`, `model.`) are taken off. Extra tensors of one element, such as a
+    profiler's `total_ops`, are ignored with a warning. Old files may lack `num_batches_tracked`.
+    """
+    own = model.state_dict()
+    large = [name for name, tensor in state.items() if tensor.numel() > 1]
+    prefixes = itertools.accumulate((f"{part}." for part in min(large, default="").split(".")), initial="")
+    shared = [prefix for prefix in prefixes if all(name.startswith(prefix) for name in large)]
+    prefix = max(shared, key=lambda prefix: sum(name.removeprefix(prefix) in own for name in state))
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    extra = [repr(name) for name in state if name not in own]
+    pairs = [(name, state[name], to) for name, to in own.items() if name in state]
+    faults = {
+        "missing": [name for name in own if name not in state and not name.endswith("num_batches_tracked")],
+        "unknown": [repr(name) for name, tensor in state.items() if name not in own and tensor.numel() != 1],
+        "of another shape": [f"{n} {list(t.shape)}, not {list(to.shape)}" for n, t, to in pairs if t.shape != to.shape],
+        "of another type": [f"{n} {t.dtype}" for n, t, to in pairs if t.is_floating_point() < to.is_floating_point()],
+    }
+    if cause := ", ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in faults.items() if names):
+        raise UserError(f"weights file {path} can't be loaded into {type(model).__name__}: {cause}")
+    if extra:
+        warnings.warn(f"weights file {path}: counters ignored ({len(extra)}): {', '.join(extra[:3])}", stacklevel=3)
+    model.load_state_dict(state, strict=False)
     return model
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """`fill` a model from a file: see `read_weights`."""
+    return fill(model, read_weights(path), path)

@@ -137,11 +137,12 @@ def test_weights_keep_just_the_outputs_of_the_classes(tmp_path, monkeypatch, wei
     """A file named in params.yaml, or by the environment in place of the download."""
     thousand, model = models.build("mobilenet_v2", 1000, 1), models.build("mobilenet_v2", 3, 0)
     models.save_weights(thousand, tmp_path / "w.safetensors")
-    monkeypatch.setenv("LEGR_MOBILENET_V2", str(tmp_path / "w.safetensors"))
+    torch.save({"state_dict": thousand.state_dict()}, tmp_path / "w.pth.tar")
+    monkeypatch.setenv("LEGR_MOBILENET_V2", str(tmp_path / "w.pth.tar"))
     settings = SimpleNamespace(dense=config.DenseSettings(weights=weights), model="mobilenet_v2")
     data = SimpleNamespace(classes=["n01440764", "n02102040", "n03888257"])
     said = pretrained.start(model, SimpleNamespace(settings=settings, root=tmp_path, data=data))
-    assert said["weights"] == "w.safetensors" and len(said["digest"]) == 16
+    assert said["weights"] == weights.replace("torchvision", "w.pth.tar") and len(said["digest"]) == 16
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = thousand.eval()(x)[:, [0, 217, 701]]  # sorted WordNet ids are ImageNet's order
