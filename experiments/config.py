@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -60,15 +61,34 @@ class FinetuneSettings(Section):
 
 
 class AblationSettings(Section):
-    """Which fitness predicts the accuracy after a short fine-tuning, measured on rankings of varied quality."""
+    """Which fitness predicts the accuracy after a short fine-tuning, and what else a search depends on."""
 
     rankings: int = Field(24, ge=3)  # norm-only, random ones, and candidates of the searches
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)]
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)]  # where the fitness is compared
     steps: PositiveInt = 200  # of fine-tuning
     lr: float = Field(0.01, gt=0)
     batch_size: PositiveInt = 64
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1,)
     fitness: dict[str, FitnessSettings]  # a name for figures: what is measured
+    search: RankingSettings  # of which `vary` changes one setting at a time
+    vary: Annotated[dict[str, tuple[Any, ...]], Field(min_length=1)]  # values of "flops", "fitness.steps", ...
+    evaluations: tuple[PositiveInt, ...] = ()  # the methods' searches, stopped after so many
+
+    @model_validator(mode="after")
+    def _are_searches(self) -> "AblationSettings":
+        return self.variants and self
+
+    @functools.cached_property
+    def variants(self) -> dict[tuple[str, str], RankingSettings]:
+        """Searches by what they change and to what."""
+        found = {}
+        for dotted, values in self.vary.items():
+            for value in values:
+                changed = self.search.model_dump()
+                override(changed, dotted, value)
+                shown = [f"{x:.0%}" if isinstance(x, float) else str(x) for x in np.atleast_1d(value).tolist()]
+                found[dotted, ", ".join(shown)] = RankingSettings.model_validate(changed)
+        return found
 
 
 class LatencySettings(Section):
@@ -91,6 +111,12 @@ class Settings(Section):
     finetune: FinetuneSettings
     ablations: AblationSettings
     latency: LatencySettings = LatencySettings()
+
+
+def override(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set what a dotted name such as "fitness.steps" means in nested dictionaries."""
+    *path, last = dotted.split(".")
+    functools.reduce(lambda section, key: section.setdefault(key, {}), path, values)[last] = value
 
 
 def find_root() -> Path:
@@ -117,11 +143,10 @@ def read_settings(
         raise UserError(f"experiment is {name!r}; scale {scale} has {', '.join(params[scale] or ['none'])}")
     values = params[scale][name]
     for dotted, value in (overrides or {}).items():
-        *path, last = dotted.split(".")
         if dotted.startswith("data."):
             raise UserError(f"overrides has {dotted!r}; images are prepared by the data stage: change params.yaml")
         try:
-            functools.reduce(lambda section, key: section.setdefault(key, {}), path, values)[last] = value
+            override(values, dotted, value)
         except (AttributeError, TypeError):
             what = "it must name settings of sections, such as 'finetune.recipe.lr'"
             raise UserError(f"overrides has {dotted!r}; {what}") from None

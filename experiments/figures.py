@@ -200,7 +200,7 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], papers: pd.DataFra
 
     Args:
         table: columns method, target, trial, flops, accuracy, accuracy_recalibrated.
-        papers: columns network, mflops, accuracy_percent of the paper's networks; None where other images were used.
+        papers: columns network, mflops, accuracy_percent, source; None where the paper used other images.
     """
     figure, axes = _figure(table.drop(columns="widths", errors="ignore"), caption, 11, 5, columns=2)
     groups = table.groupby(["method", "target"])
@@ -212,6 +212,7 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], papers: pd.DataFra
         ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], "D", color=DENSE, label="dense")
         ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title)
     if papers is not None:
+        papers = papers[papers.source.str.startswith("paper")]
         axes[0, 0].plot(papers.mflops, papers.accuracy_percent, "x", color=PAPER, mew=2, label="paper")
         offset = {"textcoords": "offset points", "fontsize": 8, "color": "#555555"}
         for row in papers.itertuples():
@@ -237,6 +238,49 @@ def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, capt
         ax.set_title(title.replace("-", "−"), fontsize=11)
     figure.supylabel(f"test accuracy (%), {steps} steps", fontsize=12)
     return _legend(figure)
+
+
+def tuning(curves: pd.DataFrame, caption: str) -> Figure:
+    """Held-out error over epochs of fine-tuning, a panel for each target: means over trials with 95% intervals.
+
+    Args:
+        curves: columns method, target, trial, epoch (0: as pruned), val_accuracy.
+    """
+    targets = sorted(curves.target.unique(), reverse=True)
+    figure, axes = _figure(curves, caption, 4 * len(targets), 4.6, columns=len(targets))
+    for ax, target in zip(axes[0], targets, strict=True):
+        errors = 100 - 100 * curves[curves.target == target].set_index(["method", "epoch"]).val_accuracy
+        groups = errors.groupby(level=[0, 1])
+        points = pd.DataFrame({"y": groups.mean(), "below": groups.agg(interval)}).reset_index()
+        _curves(ax, points.assign(x=points.epoch, above=points.below))
+        ax.set(xlabel="epochs of fine-tuning", title=f"{target:.0%} FLOPs", yscale="log")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0, 0].set(ylabel="held-out error (%)")
+    return _legend(figure)
+
+
+def answers(table: pd.DataFrame, caption: str) -> Figure:
+    """What a search depends on, a panel for each question: accuracy less norm-only's by seed, over targets.
+
+    Args:
+        table: columns question ("": norm-only), answer, target, seed, accuracy.
+    """
+    keys = ["question", "answer", "target", "seed"]
+    wide = table.set_index(keys).accuracy.unstack(["target", "seed"])
+    less = 100 * (wide - wide.loc[("", "norm")]).drop(index="").stack(["target", "seed"], future_stack=True)
+    questions = table.question[table.question != ""].unique()
+    figure, axes = _figure(table, caption, 4.6 * len(questions), 4.6, columns=len(questions))
+    for ax, question in zip(axes[0], questions, strict=True):
+        names = table.answer[table.question == question].unique()
+        for name, color in zip(names, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(names))), strict=True):
+            groups = less.loc[question, name].groupby("target")
+            ax.errorbar(100 * groups.mean().index, groups.mean(), groups.agg(interval), color=color, marker="o",
+                        capsize=3, label=name)  # fmt: skip
+        ax.axhline(0, color=COLORS["norm"], ls="--", lw=1.2, label="norm-only")
+        ax.set(xlabel="FLOPs (%)", title=question)
+        ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    axes[0, 0].set(ylabel="points of accuracy over norm-only's")
+    return figure
 
 
 def latency(table: pd.DataFrame, caption: str) -> Figure:

@@ -6,6 +6,7 @@ Every result carries the key of everything that made it, so that a stage which r
 import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 import legr
 from experiments import pretrained
-from experiments.config import Experiment
+from experiments.config import Experiment, RankingSettings
 from experiments.jobs import Jobs, progress
+from experiments.methods import METHODS
 from legr import models, training
 from legr.files import atomic, read_json, tensors_digest, write_json, write_text
 from legr.fitness import Fitness, FitnessSettings, Masks
@@ -63,21 +65,8 @@ def learn(exp: Experiment, jobs: Jobs, method: str, trial: int) -> dict[str, Any
     key = exp.key("ranking", *exp.inputs, settings.model_dump(), search.model_dump(), exp.settings.floor)
     if record := exp.kept(f"record-{trial}", key):
         return record
-    start = legr.Ranking.norm_only(len(exp.norms)) if settings.start == "norm" else None
-    result = legr.learn_ranking(
-        exp.model,
-        exp.graph,
-        exp.data,
-        settings.flops,
-        search=search,
-        fitness=settings.fitness,
-        compute=exp.compute,
-        floor=exp.settings.floor,
-        start=start,
-        state_folder=exp.state,
-        submit=functools.partial(jobs.submit, evaluate_candidate, method, trial) if jobs.client else None,
-        log=progress(f"{method}, trial {trial}", search.evaluations, "loss", "best"),
-    )
+    submit = functools.partial(jobs.submit, evaluate_candidate, method, trial) if jobs.client else None
+    result = _search(exp, settings, trial, f"{method}, trial {trial}", submit)
     result.ranking.save(exp.state / f"ranking-{trial}.json")
     write_text(exp.state / f"search-{trial}.csv", result.history.drop(columns="seconds").to_csv(index=False))
     maps = {name: np.array([getattr(c, name) for c in result.candidates]) for name in ("scale", "shift")}
@@ -88,6 +77,26 @@ def learn(exp: Experiment, jobs: Jobs, method: str, trial: int) -> dict[str, Any
     values |= {"evaluations": search.evaluations, "seconds": round(float(result.history.seconds.sum()), 1)}
     files = [f"ranking-{trial}.json", f"search-{trial}.csv", f"candidates-{trial}.safetensors"]
     return exp.record(f"record-{trial}", key, files, values)
+
+
+def _search(
+    exp: Experiment, settings: RankingSettings, trial: int, what: str, submit: Callable | None = None
+) -> legr.search.SearchResult:
+    search = settings.search.model_copy(update={"seed": trial})
+    return legr.learn_ranking(
+        exp.model,
+        exp.graph,
+        exp.data,
+        settings.flops,
+        search=search,
+        fitness=settings.fitness,
+        compute=exp.compute,
+        floor=exp.settings.floor,
+        start=legr.Ranking.norm_only(len(exp.norms)) if settings.start == "norm" else None,
+        state_folder=exp.state,
+        submit=submit,
+        log=progress(what, search.evaluations, "loss", "best"),
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -103,28 +112,34 @@ def evaluate_candidate(exp: Experiment, method: str, trial: int, networks: list[
 
 
 def train_network(exp: Experiment, method: str, target: float, trial: int) -> dict[str, Any]:
-    """Prune to `target` and fine-tune on all training images; the seed is the trial's number."""
+    """Prune to `target` and fine-tune on `fit`, as the dense network was trained; the seed is the trial's number."""
     kept, settings = exp.select(method, target, trial), exp.settings.finetune
     masks = tensors_digest({str(i): mask for i, mask in enumerate(kept)})
     key, name = exp.key("network", *exp.inputs, masks, settings.model_dump(), trial), f"{target}-{trial}"
     if record := exp.kept(name, key):
         return record
     start, compute = time.perf_counter(), exp.compute
-    train, test = exp.data.train.to(compute.device), exp.data.test.to(compute.device)
+    fit, holdout, test = (images.to(compute.device) for images in (exp.data.fit, exp.data.holdout, exp.data.test))
     small = legr.prune(exp.model, exp.graph, kept).to(compute.device, memory_format=torch.channels_last)
     values = {"method": method, "target": target, "trial": trial, "flops": exp.graph.flops(kept)}
     values |= {"flops_ratio": values["flops"] / exp.graph.flops(), "params": exp.graph.params(kept)}
     values["accuracy_before"] = training.evaluate(small, test, compute)["accuracy"]
     values["accuracy_recalibrated"] = recalibrated_accuracy(exp, kept, test)
+    pruned = {"epoch": 0, "val_accuracy": training.evaluate(small, holdout, compute)["accuracy"]}
     log = progress(f"{method} {target:.0%}, trial {trial}", settings.recipe.epochs, "train_loss", "train_accuracy")
-    training.train(small, train, settings.recipe, compute, seed=trial, state_folder=exp.state, log=log)
+    rows = training.train(
+        small, fit, settings.recipe, compute, seed=trial, state_folder=exp.state, validation=holdout, log=log
+    )
+    curve = pd.concat([pd.DataFrame([pruned]), rows[["epoch", "val_accuracy"]]])
+    write_text(exp.state / f"{name}.csv", curve.to_csv(index=False))
+    values["accuracy_float32"] = training.evaluate(small, test, compute)["accuracy"]
     small.load_state_dict(models.halved(small.state_dict()))  # as in its file
-    result, files = training.evaluate(small, test, compute), []
+    result, files = training.evaluate(small, test, compute), [f"{name}.csv"]
     values |= {"accuracy": result["accuracy"], "test_loss": result["loss"], "epochs": settings.recipe.epochs}
     values |= {"seconds": round(time.perf_counter() - start, 1), "widths": [int(mask.sum()) for mask in kept]}
     if trial == 0:  # the networks of one trial are published
-        files = [f"{name}.safetensors"]
-        models.save_weights(small, exp.state / files[0])
+        files.append(f"{name}.safetensors")
+        models.save_weights(small, exp.state / files[-1])
     return exp.record(name, key, files, values)
 
 
@@ -146,25 +161,68 @@ def _measure(exp: Experiment, settings: FitnessSettings, target: float, seed: in
     return measure
 
 
-def measure_ranking(exp: Experiment, scale: list[float], shift: list[float], target: float) -> dict[str, float]:
-    """A ranking's loss by each fitness of the ablation, and what it should predict: test accuracy after some steps."""
-    settings, ranking = exp.settings.ablations, legr.Ranking(tuple(scale), tuple(shift))
-    path = exp.state / f"measured-{exp.key('measured', *exp.inputs, scale, shift, target, settings.model_dump())}.json"
+def measure_ranking(
+    exp: Experiment, ranking: legr.Ranking, target: float, settings: FitnessSettings, seed: int, test: bool
+) -> float:
+    """A ranking's loss on held-out images by a fitness; with `test`, its accuracy on test images instead."""
+    given = [vars(ranking), target, settings.model_dump(), seed, test]
+    path = exp.state / f"measured-{exp.key('measured', *exp.inputs, *given)}.json"
     if path.exists():
         return read_json(path, "fitness of a ranking")
-    row = {}
-    for name, fitness in settings.fitness.items():
-        measure = _measure(exp, fitness, target, 0, False)
-        row[name] = measure(measure.select(ranking))["loss"]
+    measure = _measure(exp, settings, target, seed, test)
+    value = measure(measure.select(ranking))["accuracy" if test else "loss"]
+    write_json(path, value)
+    return value
+
+
+def accuracies_after_steps(exp: Experiment, ranking: legr.Ranking, target: float) -> list[float]:
+    """What a fitness should predict: test accuracy after some steps of fine-tuning, with each seed."""
+    settings = exp.settings.ablations
     steps = FitnessSettings(steps=settings.steps, lr=settings.lr, batch_size=settings.batch_size)
-    accuracies = []
-    for seed in settings.seeds:
-        measure = _measure(exp, steps, target, seed, True)
-        accuracies.append(measure(measure.select(ranking))["accuracy"])
+    return [measure_ranking(exp, ranking, target, steps, seed, True) for seed in settings.seeds]
+
+
+def compare_fitness(exp: Experiment, ranking: legr.Ranking, target: float) -> dict[str, float]:
+    """A ranking's loss by each fitness of the ablation, and the mean and deviation of `accuracies_after_steps`."""
+    fitness = exp.settings.ablations.fitness
+    row = {name: measure_ranking(exp, ranking, target, settings, 0, False) for name, settings in fitness.items()}
+    accuracies = accuracies_after_steps(exp, ranking, target)
     row["accuracy"] = statistics.mean(accuracies)
     row["deviation"] = statistics.stdev(accuracies) if len(accuracies) > 1 else float("nan")
-    write_json(path, row)
     return row
+
+
+def searches_to_try(exp: Experiment) -> list[tuple[str, str]]:
+    """The questions of the ablation, each with its answers; norm-only belongs to all of them."""
+    settings = exp.settings.ablations
+    stopped = [(f"{method}: evaluations", str(n)) for method in exp.settings.rankings for n in settings.evaluations]
+    return [("", "norm"), *settings.variants, *stopped]
+
+
+def try_search(exp: Experiment, question: str, answer: str) -> pd.DataFrame:
+    """`accuracies_after_steps` at each target by the ranking that an answer gives: a row for each target and seed."""
+    settings, seconds = exp.settings.ablations, 0.0
+    if not question:
+        ranking = legr.Ranking.norm_only(len(exp.norms))
+    elif variant := settings.variants.get((question, answer)):
+        found = _search(exp, variant, 0, f"{question}: {answer}")
+        ranking, seconds = found.ranking, float(found.history.seconds.sum())
+    else:
+        history, candidates = searched(exp, question.partition(":")[0])
+        ranking, seconds = candidates[history.loss[: int(answer)].argmin()], float("nan")
+    rows = []
+    for target in exp.settings.targets:
+        for seed, accuracy in zip(settings.seeds, accuracies_after_steps(exp, ranking, target), strict=True):
+            rows.append({"question": question, "answer": answer, "target": target, "seed": seed, "accuracy": accuracy})
+    return pd.DataFrame(rows).assign(search_seconds=seconds)
+
+
+def searched(exp: Experiment, method: str) -> tuple[pd.DataFrame, list[legr.Ranking]]:
+    """The history and the candidates of a method's search in the first trial."""
+    maps = load_file(exp.path(f"rankings/{method}/candidates-0.safetensors"))
+    pairs = zip(maps["scale"].tolist(), maps["shift"].tolist(), strict=True)
+    history = pd.read_csv(exp.path(f"rankings/{method}/search-0.csv"))
+    return history, [legr.Ranking(tuple(scale), tuple(shift)) for scale, shift in pairs]
 
 
 def rankings_to_measure(exp: Experiment) -> list[tuple[str, legr.Ranking]]:
@@ -173,11 +231,9 @@ def rankings_to_measure(exp: Experiment) -> list[tuple[str, legr.Ranking]]:
     share = count // (len(methods) + 1)
     found = [("norm", legr.Ranking.norm_only(len(exp.norms)))]
     for method in methods:
-        history = pd.read_csv(exp.path(f"rankings/{method}/search-0.csv"))
-        maps = load_file(exp.path(f"rankings/{method}/candidates-0.safetensors"))
+        history, candidates = searched(exp, method)
         order = history.loss.argsort(kind="stable").to_numpy()
-        for i in order[np.linspace(0, len(order) - 1, share).round().astype(int)]:
-            found.append((method, legr.Ranking(tuple(maps["scale"][i].tolist()), tuple(maps["shift"][i].tolist()))))
+        found += [(method, candidates[i]) for i in order[np.linspace(0, len(order) - 1, share).round().astype(int)]]
     random = legr.search.Evolution(exp.norms, legr.search.SearchSettings(population=1000, evaluations=1000, seed=99))
     found += [("random", random.ask()) for _ in range(count + 1 - len(found))]
     return found
@@ -197,8 +253,44 @@ def all_networks(exp: Experiment) -> pd.DataFrame:
     return pd.DataFrame(rows).drop(columns=["key", "files", "widths"], errors="ignore")
 
 
+def tuning_curves(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    """Held-out accuracy of every network of `table` over epochs; epoch 0 is the network as pruned."""
+    parts = []
+    for row in table.itertuples():
+        curve = pd.read_csv(exp.path(f"sets/{row.method}/{row.target}-{row.trial}.csv"))
+        parts.append(curve.assign(method=row.method, target=row.target, trial=row.trial))
+    return pd.concat(parts, ignore_index=True)
+
+
+def set_cost(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    """Hours for sets of 1 to 7 networks, from measured times: a search for all of them against one for each."""
+    rows = []
+    for method in exp.settings.rankings:
+        names = [f"rankings/{method}/record-{trial}.json" for trial in range(exp.settings.trials)]
+        search = statistics.mean(read_json(exp.path(name), "record of a search")["seconds"] for name in names) / 3600
+        tuning = table.seconds[table.method == method].mean() / 3600
+        for networks in range(1, 8):
+            one, each = search + networks * tuning, networks * (search + tuning)
+            rows.append({"method": method, "networks": networks, "one search": one, "a search each": each})
+    return pd.DataFrame(rows)
+
+
+def beside_other_work(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    """Our networks, and those that are quoted, each with its own dense network; accuracies in percent."""
+    means = 100 * table.groupby(["target", "method"], sort=False).accuracy.mean()
+    rows = means.rename("accuracy_percent").reset_index()
+    rows["network"] = [f"{METHODS[method].label} ({exp.scale} scale)" for method in rows.method]
+    rows = rows.assign(dense_percent=100 * exp.dense["accuracy"], source="this run")
+    papers = papers_networks(exp)
+    if papers is not None:
+        rows = pd.concat([rows, papers.assign(target=papers.mflops / exp.dense["flops"] * 1e6)])
+    rows["drop"] = rows.dense_percent - rows.accuracy_percent
+    rows["FLOPs left"] = [f"{target:.0%}" for target in rows.target]
+    return rows[["network", "FLOPs left", "dense_percent", "accuracy_percent", "drop", "source"]]
+
+
 def papers_networks(exp: Experiment) -> pd.DataFrame | None:
-    """The paper's networks (accuracies in percent), where it pruned this model on these images."""
+    """Networks of the paper and of other work (in percent), where the paper pruned this model on these images."""
     table = pd.read_csv(exp.root / "experiments/paper.csv")
     found = table[(table.model == exp.settings.model) & (table.data == exp.settings.data.name)]
     return None if found.empty else found.drop(columns=["model", "data"])

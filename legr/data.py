@@ -185,8 +185,8 @@ def shrunk(shape: tuple[int, int, int], side: int) -> tuple[int, int]:
 class Dataset:
     """What a network is trained, searched and tested on.
 
-    `fit` and `holdout` are disjoint parts of the training images: the dense network is trained on `fit`, the
-    search judges candidates on `holdout`, pruned networks are fine-tuned on all of `train`.
+    `fit` and `holdout` are disjoint parts of the training images: networks are trained on `fit`, the search judges
+    candidates on `holdout`.
     """
 
     name: str

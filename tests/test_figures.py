@@ -41,7 +41,7 @@ def prediction():
 
 
 EPOCHS = {"epoch": [1, 2], "lr": [0.1, 0.02], "train_accuracy": [0.3, 0.6], "val_accuracy": 0.2, "seconds": [1.0, 2.0]}
-PAPERS = pd.DataFrame({"network": ["LeGR"], "mflops": [58.9], "accuracy_percent": [93.7]})
+PAPERS = pd.DataFrame({"network": ["LeGR"], "mflops": [58.9], "accuracy_percent": [93.7], "source": ["paper"]})
 DRAWN = {
     "training": lambda: figures.training(pd.DataFrame(EPOCHS), "a caption"),
     "weights as they are": lambda: figures.training(pd.DataFrame([{"epoch": 0, "val_accuracy": 0.9}]), "a caption"),

@@ -24,8 +24,8 @@ STAGES = {  # folder: the figures, tables and networks that it must hold
     "rankings/legr": ["search", "maps", "widths", "search.gif", "ranking-0.json", "search-0.csv", "record-0.json"],
     "sets/legr": ["widths", "networks.csv"],
     "sets/norm": ["widths", "networks.csv"],
-    "ablations": ["prediction", "fitness.csv", "correlations.csv"],
-    "compare": ["accuracy", "latency", "tradeoff.csv", "summary.csv", "metrics.json"],
+    "ablations": ["prediction", "searches", "fitness.csv", "correlations.csv"],
+    "compare": ["accuracy", "latency", "tuning", "cost.csv", "tradeoff.csv", "summary.csv", "metrics.json"],
     "explore": [],
 }
 
@@ -110,7 +110,7 @@ SETS = {"set", "set-plain", "compare", "explore", "report"}
     ("edit", "stages", "allowed"),
     [
         (lambda d: d["finetune"]["recipe"].update(epochs=3), {"set", "set-plain"}, SETS),
-        (lambda d: d["targets"].append(0.4), {"set", "set-plain"}, SETS),
+        (lambda d: d["targets"].append(0.4), {"set", "set-plain"}, {"ablations"} | SETS),
         (lambda d: d["rankings"]["legr"]["search"].update(evaluations=5), {"ranking"}, {"ranking", "ablations"} | SETS),
         (lambda d: d["latency"].update(repetitions=3), {"compare"}, {"compare", "explore", "report"}),
     ],
@@ -147,7 +147,7 @@ def test_a_new_target_trains_only_its_own_network(copy):
     after = contents(norm)
     for name in ("0.5-0.json", "0.5-0.safetensors"):
         assert after[name] == before[name]  # its record says how many seconds it took: it was not trained again
-    assert {"0.4-0.json", "0.4-0.safetensors"} == after.keys() - before.keys()
+    assert {"0.4-0.json", "0.4-0.csv", "0.4-0.safetensors"} == after.keys() - before.keys()
     assert len(pd.read_csv(norm / "networks.csv")) == 2
     assert not list((copy / ".state").rglob("*.pt"))
 

@@ -104,8 +104,10 @@ def test_a_network_is_trained_once_and_its_file_gives_the_recorded_accuracy(proj
     found = legr.training.evaluate(small, exp.data.test, exp.compute)
     assert found["accuracy"] == pytest.approx(first["accuracy"], abs=1e-6)
     assert [small.get_submodule(layer.name).out_channels for layer in exp.graph.layers] == first["widths"]
+    assert first["accuracy_float32"] == pytest.approx(first["accuracy"], abs=0.01)
+    assert pd.read_csv(exp.out / "0.5-0.csv").epoch.tolist() == [0, 1, 2]
     second = work.train_network(exp, "norm", 0.5, 1)
-    assert second["files"] == [] and second["test_loss"] != first["test_loss"]  # another seed; not published
+    assert second["files"] == ["0.5-1.csv"] and second["test_loss"] != first["test_loss"]  # another seed; not published
     other = opened(project, "sets/norm", {"finetune.recipe.lr": 0.001})
     assert work.train_network(other, "norm", 0.5, 0)["test_loss"] != first["test_loss"]
     assert trained == ["train"] * 3
