@@ -108,6 +108,7 @@ class Compute(Settings):
         return self.model_copy(update={"device": device, "precision": precision})
 
     def autocast(self) -> torch.autocast:
+        torch.backends.cudnn.deterministic = True  # here, as all computing passes; a GPU may else vary from run to run
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def identity(self) -> list[str]:
@@ -225,7 +226,6 @@ class Step:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, compute: Compute, most: int):
-        torch.backends.cudnn.deterministic = True  # or a GPU may pick another kernel from run to run
         self.model, self.recipe, self.compute, self.most = model, recipe, compute, most
         self.optimizer, self.calls = recipe.optimizer(model), 0  # calls with inputs of one shape
         self.result = copy.deepcopy(model) if recipe.ema else model  # what training makes
