@@ -314,14 +314,13 @@ def open_experiment(
     """Read params.yaml, found here or in a folder above, and check the experiment's settings.
 
     Args:
-        scale: demo, laptop or paper.
+        scale: demo, laptop, gpu or paper.
         experiment: a section of that scale.
         stage: where this notebook writes, below the experiment's folder.
         results: "results" is the pipeline's; another folder is to play in, and what it lacks is read from there.
         overrides: settings to change, such as {"finetune.recipe.epochs": 2}.
         root: the project; None looks for it here and in the folders above.
     """
-    torch.backends.cudnn.deterministic = True  # without it a GPU may pick another kernel from run to run
     root = root or find_root()
     settings, methods = read_settings(root, scale, experiment, overrides)
     return Experiment(scale, experiment, stage, results, overrides or {}, root, settings, methods)

@@ -243,7 +243,10 @@ class Files(torch.utils.data.Dataset):
 
     def batches(self, size: int) -> Batches:
         for pixels, labels in self._decoded(size):
-            yield self.normalization(pixels.to(self.device)), labels.to(self.device)
+            yield (
+                self.normalization(pixels.to(self.device, non_blocking=True)),
+                labels.to(self.device, non_blocking=True),
+            )
 
     def augmented_batches(self, size: int, generator: torch.Generator, side: int | None = None) -> Batches:
         from torchvision.transforms import v2
@@ -254,7 +257,10 @@ class Files(torch.utils.data.Dataset):
         shuffled = self[torch.randperm(len(self), generator=generator)[: max(len(self) // size, 1) * size]]
         augmented = replace(shuffled, transform=v2.Compose(steps))
         for pixels, labels in augmented._decoded(size, generator):
-            yield self.normalization(pixels.to(self.device)), labels.to(self.device)
+            yield (
+                self.normalization(pixels.to(self.device, non_blocking=True)),
+                labels.to(self.device, non_blocking=True),
+            )
 
     def _decoded(self, size: int, generator: torch.Generator | None = None) -> Batches:
         workers = min(os.cpu_count() or 1, 16, max(len(self) // 500, 1))

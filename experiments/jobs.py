@@ -2,7 +2,7 @@
 
 A job is a function of a module with an experiment and plain values as arguments. Workers open the experiment anew
 and read its images from the prepared file. `workers` in params.yaml is a number of processes to start here (with one
-thread each on a CPU), or the address of a running scheduler.
+thread each), or the address of a running scheduler. Workers whose device is CUDA share the GPU.
 """
 
 import json
@@ -61,7 +61,8 @@ def open_jobs(exp: Experiment) -> Iterator[Jobs]:
         opened.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS} | settings))
         try:
             if isinstance(workers, int):
-                workers = opened.enter_context(LocalCluster(workers, threads_per_worker=1))
+                # By default a worker that takes more than its cores' share of the memory is killed: CUDA may.
+                workers = opened.enter_context(LocalCluster(workers, threads_per_worker=1, memory_limit=None))
             client = opened.enter_context(Client(workers, timeout=20))
         except (OSError, ValueError) as error:
             raise UserError(f"workers is {workers!r}; no Dask scheduler answers there ({error})") from None
@@ -77,8 +78,7 @@ def _reopened(root: str, scale: str, name: str, stage: str, results: str, overri
 def _work(function: Callable, address: tuple[str, ...], arguments: tuple) -> Any:
     """On a worker."""
     exp = _reopened(*address)
-    if exp.compute.device == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     return function(exp, *arguments)
 
 

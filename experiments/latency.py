@@ -1,10 +1,10 @@
 """Wall-clock time of a forward pass, measured side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from legr.training import Compute
@@ -20,7 +20,8 @@ def measure(
     """Latency of each network on random inputs [batch, *shape]: channels, height, width.
 
     Networks take turns within each repetition, so that a change in the machine's load meets all. Each turn is PyTorch's
-    `Timer`: two calls, in which the network's weights come back to the caches, then the one that is timed.
+    `Timer`: two calls, in which the network's weights come back to the caches, then the one that is timed. On CUDA a
+    call replays the pass as a CUDA graph: launched layer by layer, small networks would all take the host's time.
 
     Returns:
         Columns network, batch, latency_ms (median), low_ms and high_ms (quartiles).
@@ -30,12 +31,27 @@ def measure(
         inputs = torch.randn(batch, *shape).to(compute.device, memory_format=torch.channels_last)
         # The timer waits for the current device, which is not that of the inputs where `compute` says cuda:1.
         with torch.inference_mode(), torch.accelerator.device_index(inputs.device.index), compute.autocast():
+            calls = {name: _call(network.eval(), inputs) for name, network in networks.items()}
             for _ in range(repetitions):
-                for name, network in networks.items():
-                    dtype = next((p.dtype for p in network.parameters()), torch.float32)
-                    given = {"network": network.eval(), "inputs": inputs.to(dtype)}
-                    timer = Timer("network(inputs)", globals=given, num_threads=torch.get_num_threads())
+                for name, call in calls.items():
+                    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
                     rows.append((name, batch, 1000 * timer.timeit(1).mean))
     times = pd.DataFrame(rows, columns=["network", "batch", "latency_ms"])
     quartiles = times.groupby(["network", "batch"], sort=False).latency_ms.quantile([0.5, 0.25, 0.75]).unstack()
     return quartiles.set_axis(["latency_ms", "low_ms", "high_ms"], axis=1).reset_index()
+
+
+def _call(network: nn.Module, inputs: Tensor) -> Callable[[], object]:
+    """What is timed: a forward pass."""
+    given = inputs.to(next((p.dtype for p in network.parameters()), torch.float32))
+    if not inputs.is_cuda:
+        return lambda: network(given)
+    here, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # in these, libraries set themselves up, which can't be recorded
+            network(given)
+    here.wait_stream(stream)
+    with torch.cuda.graph(graph):
+        network(given)
+    return lambda: graph.replay() or given  # with them the inputs stay, which the graph reads

@@ -72,7 +72,8 @@ class Fitness:
 
     def network(self, kept: Masks) -> nn.Module:
         """The network that is judged: pruned, tuned by τ̂ steps, recalibrated, as the settings ask."""
-        small, settings = prune(self.model, self.graph, kept), self.settings
+        small = prune(self.model, self.graph, kept).to(memory_format=torch.channels_last)
+        settings = self.settings
         if settings.steps:
             recipe = Recipe(epochs=1, batch_size=settings.batch_size, lr=settings.lr, nesterov=False)
             take_steps(small, self.train, recipe, settings.steps, self.compute, self.seed)

@@ -21,12 +21,15 @@ MIN_WIDTH = 2  # ...and never ends with fewer than 2
 
 
 def filter_norms(model: nn.Module, graph: Graph) -> list[Tensor]:
-    """‖Θ_i‖², the squared L2 norm of each filter's weights: one float32 tensor [width] per layer, on the CPU."""
+    """‖Θ_i‖², the squared L2 norm of each filter's weights: one float32 tensor [width] per layer, on the CPU.
+
+    They are summed there and in one order, so that every device and memory format gives the same bits.
+    """
     try:
-        weights = [model.get_submodule(layer.name).weight.detach().float() for layer in graph.layers]
+        weights = [model.get_submodule(layer.name).weight.detach().cpu() for layer in graph.layers]
     except AttributeError as error:
         raise UserError(f"model is not the network that graph was traced from ({error})") from None
-    norms = [weight.pow(2).sum(tuple(range(1, weight.dim()))).cpu() for weight in weights]
+    norms = [w.contiguous().float().pow(2).sum(tuple(range(1, w.dim()))) for w in weights]
     check_per_layer(graph, norms, "model")
     for layer, norm in zip(graph.layers, norms, strict=True):
         if not norm.isfinite().all():

@@ -1,8 +1,10 @@
 """Training and evaluation: one recipe, one loop, checkpoints that resume to the same result."""
 
+import copy
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from legr.data import Images
 from legr.files import Settings, UserError, digest, load_state, save_state, tensors_digest
@@ -29,8 +31,10 @@ class Recipe(Settings):
     """A training schedule for SGD; fractions are of the whole training.
 
     `schedule`: "step" multiplies the learning rate by `gamma` at each of `milestones` (the paper: 0.2 at 0.3,
-    0.6 and 0.8); "onecycle" rises linearly over `warmup`, then falls along a cosine to 0, step by step.
+    0.6 and 0.8); "exponential" multiplies it by `gamma` after each `every` epochs; "onecycle" rises linearly over
+    `warmup`, then falls along a cosine to 0, step by step.
     `resolutions` is [[until, side], ...]: before the fraction `until`, images are shrunk to `side`.
+    `ema`, if above 0, is the decay per step of a moving average of weights and BatchNorm statistics: the result.
     """
 
     epochs: PositiveInt
@@ -39,16 +43,21 @@ class Recipe(Settings):
     momentum: Fraction = 0.9
     nesterov: bool = True
     weight_decay: NonNegativeFloat = 5e-4
-    schedule: Literal["step", "onecycle"] = "step"
+    schedule: Literal["step", "exponential", "onecycle"] = "step"
     milestones: tuple[Fraction, ...] = (0.3, 0.6, 0.8)
     gamma: Fraction = 0.2
+    every: PositiveFloat = 2.4
     warmup: Fraction = 0.2
     resolutions: tuple[tuple[Fraction, PositiveInt], ...] = ()
+    label_smoothing: Fraction = 0.0
+    ema: Fraction = 0.0
 
     def learning_rate(self, done: float) -> float:
         """The learning rate when the fraction `done` of the training is behind."""
         if self.schedule == "step":
             return self.lr * self.gamma ** sum(done >= m for m in self.milestones)
+        if self.schedule == "exponential":
+            return self.lr * self.gamma ** math.floor(done * self.epochs / self.every + 1e-9)
         if done < self.warmup:
             return self.lr * done / self.warmup
         falling = (done - self.warmup) / max(1 - self.warmup, 1e-9)
@@ -64,32 +73,42 @@ class Recipe(Settings):
                 f"the network has weights of type {other[0]}; it is trained in float32: hand in model.float()"
             )
         nesterov = self.nesterov and self.momentum > 0
-        return SGD(model.parameters(), self.lr, self.momentum, 0, self.weight_decay, nesterov)
+        fused = any(p.is_cuda for p in model.parameters())  # reads the rate on the device
+        return SGD(model.parameters(), self.lr, self.momentum, 0, self.weight_decay, nesterov, fused=fused)
 
 
 class Compute(Settings):
-    """Where and in which precision: `auto` takes a GPU, and bfloat16 where the processor has it."""
+    """Where and in which precision: `auto` takes a GPU, and bfloat16 where the processor has it.
+
+    `graphs`: on CUDA, training steps are recorded once and replayed (see `Step`); the result is the same.
+    """
 
     device: str = "auto"
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    graphs: bool = True
 
     def resolve(self) -> "Compute":
         """The same with `auto` replaced by what this machine has."""
         device, precision = self.device, self.precision
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if torch.cuda.device_count() else "cpu"
         try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError):
-            allowed = "auto, cpu, or cuda with a GPU"
-            raise UserError(f"device is {device!r}; this machine can't use it ({allowed})") from None
+            torch.ones(1, device=device).add(1).item()  # a kernel: a driver or card may be too old for this PyTorch
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            if self.device != "auto" or device == "cpu":
+                allowed = "auto, cpu, or cuda with a GPU"
+                raise UserError(f"device is {device!r}; this machine can't use it ({allowed}): {reason}") from None
+            warnings.warn(f"this machine's GPU can't be used, so the CPU is: {reason}", stacklevel=2)
+            device = "cpu"
         if precision == "auto":
-            on_gpu = device.startswith("cuda")
-            fast = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+            gpu = device.startswith("cuda")  # of NVIDIA's, those before 8.0 emulate it
+            fast = torch.cuda.get_device_capability(device) >= (8, 0) if gpu else torch.cpu._is_avx512_bf16_supported()
             precision = "bfloat16" if fast else "float32"
-        return Compute(device=device, precision=precision)
+        return self.model_copy(update={"device": device, "precision": precision})
 
     def autocast(self) -> torch.autocast:
+        torch.backends.cudnn.deterministic = True  # here, as all computing passes; a GPU may else vary from run to run
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def identity(self) -> list[str]:
@@ -103,7 +122,8 @@ def evaluate(model: nn.Module, images: Images, compute: Compute) -> dict[str, fl
     Raises:
         UserError: the network does not take these images, or gives other than logits [N, classes].
     """
-    size, most = _batch_size(images, 256 if images.device.type == "cpu" else 500), int(images.labels.max())
+    # A GPU takes large batches: with small ones it waits for the host, which launches some hundred kernels for each.
+    size, most = _batch_size(images, 256 if images.device.type == "cpu" else 2500), int(images.labels.max())
 
     def sums(batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, labels = batch
@@ -183,13 +203,99 @@ def recalibrate(model: nn.Module, images: Images, compute: Compute) -> None:
 
     Statistics of a BatchNorm that stays in eval mode when the network is trained are left as they are.
     """
-    with _in_mode(model, training=True), compute.autocast(), _in_one_sentence(f"images {list(images.shape)}"):
-        frozen = [m for m in model.modules() if isinstance(m, _BatchNorm) and not m.training]
-        for module in frozen:
-            module.track_running_stats = False  # so update_bn does not reset them; eval mode uses them all the same
-        update_bn((_given(model, inputs) for inputs, _ in images.batches(_batch_size(images, 250))), model)
-        for module in frozen:
-            module.track_running_stats = True
+    what = f"images {list(images.shape)}"
+    with _in_mode(model, training=True), torch.no_grad(), compute.autocast(), _in_one_sentence(what):
+        momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm) and m.training}
+        try:
+            for module in momenta:
+                module.reset_running_stats()
+            for count, (inputs, _) in enumerate(images.batches(_batch_size(images, 250)), 1):
+                for module in momenta:
+                    module.momentum = 1 / count  # as None, for which every layer would wait for the device
+                model(_given(model, inputs))
+        finally:
+            for module, momentum in momenta.items():
+                module.momentum = momentum
+
+
+class Step:
+    """Gradient steps of a network and what they add up to; none waits for the device.
+
+    On CUDA the fourth step on inputs of a shape is recorded as a CUDA graph (forward and backward pass, SGD, moving
+    average, sums), and this and further ones replay it: the host starts one graph in place of some thousand kernels.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, compute: Compute, most: int):
+        self.model, self.recipe, self.compute, self.most = model, recipe, compute, most
+        self.optimizer, self.calls = recipe.optimizer(model), 0  # calls with inputs of one shape
+        self.result = copy.deepcopy(model) if recipe.ema else model  # what training makes
+        self.sums = torch.zeros(2, dtype=torch.float64, device=compute.device)  # of losses and of right labels
+        self.on_gpu = compute.device.startswith("cuda")
+        self.rate = torch.zeros((), device=compute.device) if self.on_gpu else 0.0  # there, every replay reads it anew
+        self.stream = torch.cuda.Stream(compute.device) if self.on_gpu and compute.graphs else None
+        self.inputs = self.labels = self.graph = None
+
+    def __call__(self, inputs: Tensor, labels: Tensor, rate: float) -> None:
+        self.rate = self.rate.fill_(rate) if self.on_gpu else rate
+        if self.stream is None:
+            return self._take(inputs, labels)
+        here = torch.cuda.current_stream(inputs.device)
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            self._take_by_graph(inputs, labels)
+        here.wait_stream(self.stream)
+
+    def _take_by_graph(self, inputs: Tensor, labels: Tensor) -> None:
+        if self.inputs is None or self.inputs.shape != inputs.shape:
+            self.inputs, self.labels = torch.empty_like(inputs), torch.empty_like(labels)
+            self.graph, self.calls = None, 0
+        self.inputs.copy_(inputs)
+        self.labels.copy_(labels)
+        self.calls += 1
+        if self.calls <= 3:  # in these, libraries set themselves up, which can't be recorded
+            return self._take(self.inputs, self.labels)
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            try:  # other threads, which pin images, may go on
+                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                    self._take(self.inputs, self.labels)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, UserError) as error:
+                what = "a training step of this network can't be recorded as a CUDA graph; set compute.graphs to false"
+                raise UserError(f"{what} ({' '.join(str(error).split())[:300]})") from None
+            self.graph = graph
+        self.graph.replay()
+
+    def _take(self, inputs: Tensor, labels: Tensor) -> None:
+        self.optimizer.param_groups[0]["lr"] = self.rate
+        with self.compute.autocast():
+            logits = _logits(self.model, inputs, self.most)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.recipe.ema:  # AveragedModel does the same and waits for the device
+            average = get_ema_multi_avg_fn(self.recipe.ema)
+            average(*(_floats(network) for network in (self.result, self.model)), None)
+        self.sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+
+    def epoch(self, batches: Iterable, rate: Callable[[int], float], seed: int) -> Tensor:
+        """A step for each batch, at the learning rate of its number; mean loss and accuracy [2] over images."""
+        seen = 0
+        self.sums.zero_()
+        torch.manual_seed(seed)  # for dropout, which draws from PyTorch's own generator
+        self.model.train()
+        with _strided_depthwise_in_float32(self.model, self.compute):
+            for number, (inputs, labels) in enumerate(batches):
+                self(inputs, labels, rate(number))
+                seen += len(labels)
+        return self.sums / seen
+
+
+def _floats(model: nn.Module) -> list[Tensor]:
+    """Weights and statistics, not counters."""
+    return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
 
 
 def take_steps(model: nn.Module, images: Images, recipe: Recipe, steps: int, compute: Compute, seed: int) -> None:
@@ -197,37 +303,7 @@ def take_steps(model: nn.Module, images: Images, recipe: Recipe, steps: int, com
     generator = torch.Generator().manual_seed(seed)
     epochs = (images.augmented_batches(recipe.batch_size, generator) for _ in itertools.count())
     batches = itertools.islice(itertools.chain.from_iterable(epochs), steps)
-    _descend(model, recipe.optimizer(model), batches, lambda step: recipe.lr, compute, seed, int(images.labels.max()))
-
-
-def _descend(
-    model: nn.Module,
-    optimizer: SGD,
-    batches: Iterable,
-    rate: Callable[[int], float],
-    compute: Compute,
-    seed: int,
-    most: int,
-) -> Tensor:
-    """A gradient step for each batch, at the learning rate of its number; the mean loss and accuracy [2] over images.
-
-    They stay on the device, where no step waits for them.
-    """
-    sums, seen = torch.zeros(2, dtype=torch.float64, device=compute.device), 0
-    torch.manual_seed(seed)  # for dropout, which draws from PyTorch's own generator
-    model.train()
-    with _strided_depthwise_in_float32(model, compute):
-        for step, (inputs, labels) in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = rate(step)
-            with compute.autocast():
-                logits = _logits(model, inputs, most)
-                loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
-            seen += len(labels)
-    return sums / seen
+    Step(model, recipe, compute, int(images.labels.max())).epoch(batches, lambda step: recipe.lr, seed)
 
 
 def train(
@@ -265,34 +341,36 @@ def train(
         given += [seed, validation is not None, recipe.model_dump(), compute.identity()]
         checkpoint = Path(state_folder) / f"train-{digest(given)}.pt"
         state = load_state(checkpoint)
-    optimizer, rows = recipe.optimizer(model), []
+    step, rows = Step(model, recipe, compute, int(images.labels.max())), []
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        step.model.load_state_dict(state["model"])
+        step.result.load_state_dict(state["result"])
+        step.optimizer.load_state_dict(state["optimizer"])
         rows = state["rows"]
-    steps, most = max(len(images) // recipe.batch_size, 1), int(images.labels.max())
+    steps = max(len(images) // recipe.batch_size, 1)
     for epoch in range(len(rows), recipe.epochs):
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         batches = images.augmented_batches(recipe.batch_size, generator, recipe.side(epoch))
 
-        def rate(step: int, epoch: int = epoch) -> float:
-            return recipe.learning_rate((epoch + step / steps) / recipe.epochs)
+        def rate(number: int, epoch: int = epoch) -> float:
+            return recipe.learning_rate((epoch + number / steps) / recipe.epochs)
 
-        means = _descend(model, optimizer, batches, rate, compute, generator.initial_seed(), most)
-        train_loss, train_accuracy = means.tolist()
+        train_loss, train_accuracy = step.epoch(batches, rate, generator.initial_seed()).tolist()
         if not math.isfinite(train_loss):
             what = f"the loss became {train_loss} in epoch {epoch + 1}"
             raise UserError(f"lr is {recipe.lr}; {what}, so it must be smaller")
-        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+        row = {"epoch": epoch + 1, "lr": rate(steps - 1)}
         row |= {"train_loss": train_loss, "train_accuracy": train_accuracy, "seconds": time.perf_counter() - start}
         if validation is not None:
-            row |= {f"val_{name}": value for name, value in evaluate(model, validation, compute).items()}
+            row |= {f"val_{name}": value for name, value in evaluate(step.result, validation, compute).items()}
         rows.append(row)
         if checkpoint:
-            save_state(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows})
+            stateful = {"model": step.model, "result": step.result, "optimizer": step.optimizer}
+            save_state(checkpoint, {name: part.state_dict() for name, part in stateful.items()} | {"rows": rows})
         if log:
             log(row)
+    model.load_state_dict(step.result.state_dict())
     return pd.DataFrame(rows)
 
 

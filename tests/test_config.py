@@ -22,7 +22,7 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("scale", "name"), [(s, n) for s in ("demo", "laptop", "paper") for n in SCALES[s]])
+@pytest.mark.parametrize(("scale", "name"), [(s, n) for s in ("demo", "laptop", "gpu", "paper") for n in SCALES[s]])
 def test_every_scale_is_valid(project, scale, name):
     exp = open_experiment(scale, name, "dense", "results")
     assert exp.folder == project / "results" / scale / name
@@ -45,7 +45,13 @@ def test_the_paper_scale_is_the_papers_protocol(project):
     assert (settings.rankings["legr"].flops, settings.rankings["legr"].fitness.steps) == ((0.47,), 0)
     assert (settings.floor, settings.trials, settings.data.holdout) == (0.1, 3, 5000)  # a tenth is held out
     assert (photos.model, photos.data.name, photos.data.resolution) == ("mobilenet_v2", "imagenet", 224)
-    assert (photos.floor, photos.rankings["legr"].fitness.steps, photos.finetune.recipe.epochs) == (0.2, 200, 60)
+    assert (photos.floor, photos.targets, photos.rankings["legr"].flops) == (0.2, (0.7, 0.6, 0.5), (0.5,))
+    steps, recipe = photos.rankings["legr"].fitness, photos.finetune.recipe
+    assert (steps.steps, steps.batch_size, steps.lr, photos.data.holdout) == (200, 96, 0.045, 5000)
+    assert (recipe.epochs, recipe.batch_size, recipe.weight_decay) == (350, 1024, 1e-5)
+    assert (recipe.label_smoothing, recipe.ema, legr.models.mobilenet_v2(10).classifier[0].p) == (0.1, 0.9999, 0.2)
+    rates = [recipe.learning_rate(epoch / 350) for epoch in (0, 2.4, 348)]
+    assert rates == pytest.approx([0.016 * 1024 / 256 * 0.97**power for power in (0, 1, 145)])
 
 
 def test_overrides_change_one_setting_and_leave_the_prepared_images_alone(project):

@@ -110,7 +110,7 @@ def test_in_settings_and_images(project, monkeypatch, capsys, spoil, message):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ("data large cifar10-resnet56", 1, "scale is 'large'; it must be one of demo, laptop, paper"),
+        ("data large cifar10-resnet56", 1, "scale is 'large'; it must be one of demo, laptop, gpu, paper"),
         ("data demo resnet", 1, "experiment is 'resnet'; scale demo has cifar10-resnet56"),
         ("data demo", 2, "the following arguments are required: experiment"),
         ("date demo cifar10-resnet56", 2, "stage is 'date'; it must be one of dense, rankings"),

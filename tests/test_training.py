@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import legr
 from legr.data import Normalization
@@ -32,6 +33,9 @@ def test_the_papers_schedules():
     assert at == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008])
     cycle = Recipe(epochs=10, lr=0.2, schedule="onecycle", warmup=0.2)
     assert [cycle.learning_rate(x) for x in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.1, 0.2, 0.1, 0.0], abs=1e-7)
+    decaying = Recipe(epochs=350, lr=0.064, schedule="exponential", gamma=0.97, every=2.4)
+    at = [decaying.learning_rate(epoch / 350) for epoch in (0, 2.39, 2.4, 4.79, 4.8, 348)]
+    assert at == pytest.approx([0.064, 0.064, 0.064 * 0.97, 0.064 * 0.97, 0.064 * 0.97**2, 0.064 * 0.97**145])
     for wrong in ({"epochs": 0}, {"lr": float("inf")}, {"momentum": 9}, {"schedule": "cosine"}):
         with pytest.raises(ValidationError, match=next(iter(wrong))):
             Recipe(**{"epochs": 1, "lr": 0.1} | wrong)
@@ -45,7 +49,7 @@ def test_the_papers_schedules():
 def test_a_training_interrupted_after_any_epoch_ends_the_same(digits, compute, tmp_path, make):
     part = digits.fit[:128]
     options = {"seed": 3, "validation": digits.holdout[:50]}
-    recipe = Recipe(epochs=3, batch_size=32, lr=0.05, schedule="onecycle", resolutions=((0.4, 16),))
+    recipe = Recipe(epochs=3, batch_size=32, lr=0.05, schedule="onecycle", resolutions=((0.4, 16),), ema=0.9)
     whole = fresh(make)
     expected = train(whole, part, recipe, compute, **options).drop(columns="seconds")
     for last in (1, 2):
@@ -74,6 +78,29 @@ def test_training_learns(digits, compute):
     assert history.train_loss.is_monotonic_decreasing
     found = evaluate(model, digits.holdout, compute)
     assert found == {"loss": history.val_loss.iloc[-1], "accuracy": history.val_accuracy.iloc[-1]}
+
+
+def test_steps_are_sgd_with_label_smoothing_and_training_leaves_the_moving_average(digits, compute):
+    """In plain PyTorch: AveragedModel, but that the average starts at the weights before the first step."""
+    recipe = Recipe(epochs=2, batch_size=32, lr=0.1, schedule="exponential", every=1, label_smoothing=0.1, ema=0.8)
+    model, plain = fresh(Inverted), fresh(Inverted)
+    history = train(model, digits.fit[:96], recipe, compute, seed=1, validation=digits.holdout)
+    plain = plain.to(memory_format=torch.channels_last).train()
+    averaged = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
+    averaged.n_averaged += 1
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+    for epoch in range(2):
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.2**epoch
+        for inputs, labels in digits.fit[:96].augmented_batches(32, torch.Generator().manual_seed(1_000_003 + epoch)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(plain(inputs), labels, label_smoothing=0.1).backward()
+            optimizer.step()
+            averaged.update_parameters(plain)
+    expected = averaged.module.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert "num_batches" in name or torch.equal(tensor, expected[name]), name
+    assert not torch.equal(model.linear.weight, plain.linear.weight)
+    assert evaluate(model, digits.holdout, compute)["loss"] == history.val_loss.iloc[-1]
 
 
 def test_what_goes_wrong_is_one_sentence(digits, compute):
@@ -207,10 +234,3 @@ def test_strided_depthwise_convolutions_train_in_float32(digits):
         conv.register_forward_hook(lambda module, given, out: kinds.add((module.groups, out.dtype)))
     train(model, digits.fit[:64], Recipe(epochs=1, batch_size=32, lr=0.1), half, seed=0)
     assert kinds == {(1, torch.bfloat16), (8, torch.float32)}
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_differs_by_rounding_only(digits, compute):
-    gpu, model = Compute(device="cuda", precision="float32").resolve(), fresh()
-    here = evaluate(model, digits.test, compute)["loss"]
-    assert evaluate(model.to("cuda"), digits.test.to("cuda"), gpu)["loss"] == pytest.approx(here, rel=1e-3)

@@ -1,0 +1,190 @@
+"""What runs on a GPU gives what the CPU gives: on a pretend one everywhere, on a real one where there is one."""
+
+import copy
+import warnings
+from contextlib import nullcontext
+
+import onnxruntime
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import legr
+from experiments.latency import measure
+from legr.files import tensors_digest
+from legr.fitness import Fitness, FitnessSettings
+from legr.search import SearchSettings
+from legr.training import Compute, Recipe, Step, evaluate, recalibrate, take_steps, train
+from tests.conftest import NETWORKS, settle
+from tests.pretend import pretend_gpu
+from tests.test_training import dropping, fresh
+
+MAKE = NETWORKS | {"dropout": dropping}
+CUDA, CPU = Compute(device="cuda", precision="float32"), Compute(device="cpu", precision="float32")
+PLAIN = CUDA.model_copy(update={"graphs": False})
+REAL = pytest.param(
+    "real", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
+
+
+@pytest.fixture(params=["pretend", REAL])
+def gpu(request, monkeypatch):
+    """The pretend GPU, or None for the real one."""
+    if request.param == "pretend":
+        with pretend_gpu() as pretended:
+            yield pretended
+    else:
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # no TF32
+        yield None
+
+
+def trained(make, images, compute, **options):
+    """Weights, history."""
+    model = fresh(make)
+    recipe = Recipe(epochs=3, batch_size=32, lr=0.05, schedule="onecycle", resolutions=((0.4, 16),), ema=0.9)
+    history = train(model, images.to(compute.device), recipe, compute, seed=3, **options).drop(columns="seconds")
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}, history
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_training_by_graphs_is_plain_training_to_the_bit_and_the_cpus_but_for_rounding(gpu, digits, make):
+    held_out = digits.holdout[:50]
+    weights, history = trained(make, digits.fit[:192], CUDA, validation=held_out.to("cuda"))
+    if gpu:
+        assert gpu.graphs == 2  # one for each side
+    plain, same = trained(make, digits.fit[:192], PLAIN, validation=held_out.to("cuda"))
+    assert tensors_digest(weights) == tensors_digest(plain)
+    pd.testing.assert_frame_equal(history, same)
+    if gpu or make is not dropping:  # a real GPU draws other numbers
+        _, here = trained(make, digits.fit[:192], CPU, validation=held_out)
+        pd.testing.assert_frame_equal(history, here, rtol=0.02 if gpu else 0.2)
+
+
+def test_a_training_interrupted_on_a_gpu_ends_the_same(gpu, digits, tmp_path):
+    def stop(row):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    expected, history = trained(dropping, digits.fit[:192], CUDA)
+    with pytest.raises(KeyboardInterrupt):
+        trained(dropping, digits.fit[:192], CUDA, state_folder=tmp_path, log=stop)
+    weights, resumed = trained(dropping, digits.fit[:192], CUDA, state_folder=tmp_path)
+    assert tensors_digest(weights) == tensors_digest(expected)
+    pd.testing.assert_frame_equal(resumed, history)
+
+
+@pytest.mark.parametrize("compute", [CUDA, PLAIN], ids=["graphs", "plain"])
+def test_steps_do_not_wait_for_the_device(digits, compute):
+    counts = []
+    for images in (digits.fit[:192], digits.fit[:384]):
+        with pretend_gpu() as pretended:
+            take_steps(fresh().to("cuda"), images.to("cuda"), Recipe(epochs=1, batch_size=32, lr=0.05), 6, compute, 0)
+            there, before = images.to("cuda"), pretended.waits.total()
+            evaluate(fresh(dropping).to("cuda"), there, compute)
+            evaluated = pretended.waits.total() - before
+            trained(dropping, images, compute)
+            counts.append((evaluated, pretended.waits))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compute", [CUDA, PLAIN], ids=["graphs", "plain"])
+def test_steps_do_not_wait_for_a_real_device(digits, compute):
+    step = Step(fresh().to("cuda"), Recipe(epochs=1, batch_size=32, lr=0.05), compute, 9)
+    ((inputs, labels), *_) = digits.fit[:32].to("cuda").batches(32)
+    for _ in range(5):
+        step(inputs, labels, 0.1)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step(inputs, labels, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_evaluation_and_recalibration_are_the_cpus(gpu, digits):
+    models = [settle(fresh()), settle(fresh()).to("cuda")]
+    for compute, model in zip((CPU, CUDA), models, strict=True):
+        recalibrate(model, digits.fit[:510].to(compute.device), compute)
+    here, there = (model.state_dict() for model in models)
+    for name, tensor in here.items():
+        torch.testing.assert_close(there[name].cpu(), tensor, rtol=1e-3, atol=1e-4)
+    expected = evaluate(models[0], digits.test, CPU)
+    assert evaluate(models[1], digits.test.to("cuda"), CUDA) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"steps": 6, "batch_size": 16}, {"recalibration_images": 64}],
+    ids=["τ̂ = 0", "τ̂ = 6", "recalibrated"],
+)
+def test_a_search_on_a_gpu_asks_for_the_same_candidates(gpu, small, digits, settings):
+    kind, search = FitnessSettings(validation_images=64, **settings), SearchSettings(population=3, evaluations=6)
+    found = [
+        legr.learn_ranking(*small, digits, 0.6, search=search, fitness=kind, compute=compute) for compute in (CPU, CUDA)
+    ]
+    assert found[0].candidates == found[1].candidates
+    assert found[1].history.loss.tolist() == pytest.approx(found[0].history.loss.tolist(), rel=1e-3)
+    model, graph = copy.deepcopy(small[0]).to("cuda", memory_format=torch.channels_last), small[1]
+    assert all(map(torch.equal, legr.filter_norms(model, graph), legr.filter_norms(*small)))
+    fitness = Fitness(model, graph, digits.to("cuda"), [0.6], kind, CUDA)
+    assert fitness(fitness.select(found[0].candidates[0]))["loss"] == pytest.approx(found[0].history.loss[0], rel=1e-3)
+
+
+def half(model, graph):
+    return legr.select(graph, legr.Ranking.norm_only(7).scores(legr.filter_norms(model, graph)), 0.5)
+
+
+def test_latencies_are_of_graphs(gpu, small):
+    model, graph = copy.deepcopy(small[0]).to("cuda"), small[1]
+    networks = {"dense": model, "pruned": legr.prune(model, graph, half(model, graph))}
+    times = measure(networks, graph.inputs, (1, 4), CUDA, 2)
+    assert len(times) == 4 and (times.low_ms > 0).all()
+    if gpu:
+        assert gpu.graphs == 4
+
+
+def test_networks_pruned_on_a_gpu_are_exported_to_onnx(small, tmp_path):
+    model, graph = small
+    x, path = torch.randn(2, *graph.inputs), tmp_path / "pruned.onnx"
+    with nullcontext() if torch.cuda.is_available() else pretend_gpu():
+        pruned = legr.prune(model.to("cuda"), graph, half(model, graph))
+        expected, pruned = pruned(x.to("cuda")).detach().cpu(), pruned.cpu()
+    torch.onnx.export(pruned, (x,), path, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_recorded_is_one_sentence_and_runs_without_graphs(gpu, digits):
+    def averaging():
+        return nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8, momentum=None), nn.Flatten(), nn.LazyLinear(10))
+
+    images, recipe = digits.fit[:64].to("cuda"), Recipe(epochs=1, batch_size=8, lr=0.01)
+    model = fresh(averaging)
+    model(torch.zeros(2, 3, 32, 32))
+    with pytest.raises(legr.UserError, match=r"^a training step .* set compute\.graphs to false \([^\n]*capturing"):
+        train(copy.deepcopy(model), images, recipe, CUDA, seed=0)
+    assert train(model, images, recipe, PLAIN, seed=0).train_loss[0] < 4
+
+
+def test_a_gpu_that_cannot_be_used_is_said(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("the GPU here can be used")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # visible to the driver, and PyTorch can't run on it
+    with pytest.warns(UserWarning, match=r"^this machine's GPU can't be used, so the CPU is: [^\n]+$"):
+        assert Compute().resolve().device == "cpu"
+    with pytest.raises(legr.UserError, match=r"^device is 'cuda'; this machine can't use it [^\n]+$"):
+        CUDA.resolve()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Compute().resolve().device == "cpu"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
+def test_bfloat16_is_for_cards_that_do_not_emulate_it(monkeypatch, capability, precision):
+    with pretend_gpu():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert Compute().resolve() == Compute(device="cuda", precision=precision)
