@@ -6,7 +6,6 @@ Every result carries the key of everything that made it, so that a stage which r
 import functools
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 import legr
 from experiments import pretrained
 from experiments.config import Experiment, RankingSettings
-from experiments.jobs import Jobs, progress
+from experiments.jobs import progress
 from experiments.methods import METHODS
 from legr import models, training
 from legr.files import atomic, read_json, tensors_digest, write_json, write_text
-from legr.fitness import Fitness, FitnessSettings, Masks
+from legr.fitness import Fitness, FitnessSettings
 
 
 def train_dense(exp: Experiment) -> dict[str, Any]:
@@ -58,15 +57,14 @@ def train_dense(exp: Experiment) -> dict[str, Any]:
     return exp.record("dense", key, ["network.safetensors", "training.csv"], values)
 
 
-def learn(exp: Experiment, jobs: Jobs, method: str, trial: int) -> dict[str, Any]:
+def learn(exp: Experiment, method: str, trial: int) -> dict[str, Any]:
     """Learn a method's ranking in one trial; its search's seed is the trial's number."""
     settings = exp.settings.rankings[method]
     search = settings.search.model_copy(update={"seed": trial})
     key = exp.key("ranking", *exp.inputs, settings.model_dump(), search.model_dump(), exp.settings.floor)
     if record := exp.kept(f"record-{trial}", key):
         return record
-    submit = functools.partial(jobs.submit, evaluate_candidate, method, trial) if jobs.client else None
-    result = _search(exp, settings, trial, f"{method}, trial {trial}", submit)
+    result = _search(exp, settings, trial, f"{method}, trial {trial}")
     result.ranking.save(exp.state / f"ranking-{trial}.json")
     write_text(exp.state / f"search-{trial}.csv", result.history.drop(columns="seconds").to_csv(index=False))
     maps = {name: np.array([getattr(c, name) for c in result.candidates]) for name in ("scale", "shift")}
@@ -79,9 +77,7 @@ def learn(exp: Experiment, jobs: Jobs, method: str, trial: int) -> dict[str, Any
     return exp.record(f"record-{trial}", key, files, values)
 
 
-def _search(
-    exp: Experiment, settings: RankingSettings, trial: int, what: str, submit: Callable | None = None
-) -> legr.search.SearchResult:
+def _search(exp: Experiment, settings: RankingSettings, trial: int, what: str) -> legr.search.SearchResult:
     search = settings.search.model_copy(update={"seed": trial})
     return legr.learn_ranking(
         exp.model,
@@ -94,21 +90,8 @@ def _search(
         floor=exp.settings.floor,
         start=legr.Ranking.norm_only(len(exp.norms)) if settings.start == "norm" else None,
         state_folder=exp.state,
-        submit=submit,
         log=progress(what, search.evaluations, "loss", "best"),
     )
-
-
-@functools.lru_cache(maxsize=2)
-def _judge(exp: Experiment, method: str, trial: int) -> Fitness:
-    settings = exp.settings.rankings[method]
-    model, graph, floor = exp.model, exp.graph, exp.settings.floor
-    return Fitness(model, graph, exp.data, settings.flops, settings.fitness, exp.compute, floor, trial)
-
-
-def evaluate_candidate(exp: Experiment, method: str, trial: int, networks: list[Masks]) -> dict[str, float]:
-    """The fitness of a candidate of a search, from what it keeps."""
-    return _judge(exp, method, trial)(networks)
 
 
 def train_network(exp: Experiment, method: str, target: float, trial: int) -> dict[str, Any]:

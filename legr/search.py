@@ -2,11 +2,8 @@
 
 import json
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 
 from legr.data import Dataset
 from legr.files import Settings, UserError, digest, tensors_digest, write_json
-from legr.fitness import Fitness, FitnessSettings, Masks
+from legr.fitness import Fitness, FitnessSettings
 from legr.graph import Graph
 from legr.ranking import FLOOR, Ranking
 from legr.training import Compute, Log
@@ -32,22 +29,18 @@ class SearchSettings(Settings):
     sample: PositiveInt = 16  # S, drawn with replacement
     mutated: Annotated[float, Field(ge=0, le=1)] = 0.1  # a mutation draws int(mutated · L) of the L layers
     seed: NonNegativeInt = 0
-    in_flight: PositiveInt = 1  # candidates evaluated at a time: a mutant does not know the last in_flight - 1
 
     @model_validator(mode="after")
     def _enough(self) -> "SearchSettings":
         if self.evaluations < self.population:
             raise ValueError(f"evaluations is {self.evaluations}; it must be at least population ({self.population})")
-        if self.in_flight > self.population:
-            raise ValueError(f"in_flight is {self.in_flight}; it must be at most population ({self.population})")
         return self
 
 
 class Evolution:
     """Regularized evolution: `ask` for a candidate, `tell` its loss, until `done`.
 
-    Several candidates may be asked for before the first is told; they are told in the order of asking. Candidates
-    depend on the settings and on the losses told alone: told the same losses again, it asks for the same candidates.
+    Told the same losses again, it asks for the same candidates.
 
     Args:
         norms: squared filter norms, one tensor [width] per layer.
@@ -57,7 +50,6 @@ class Evolution:
     def __init__(self, norms: Sequence[Tensor], settings: SearchSettings, start: Ranking | None = None):
         self.settings, self.start, self.deviations = settings, start, norm_deviations(norms)
         self.generator = np.random.default_rng(settings.seed)
-        self.asked = 0  # how many candidates were asked for
         self.candidates: list[Ranking] = []  # those that were told
         self.history: list[dict[str, Any]] = []  # a row for each of them
 
@@ -72,8 +64,7 @@ class Evolution:
 
     def ask(self) -> Ranking:
         """The next candidate: random at first (the P-th is norm-only), then a mutant of a tournament's winner."""
-        i, size, layers = self.asked, self.settings.population, len(self.deviations)
-        self.asked += 1
+        i, size, layers = len(self.history), self.settings.population, len(self.deviations)
         if i == size - 1:
             return Ranking.norm_only(layers)
         if i < size and self.start is None:  # α = exp(N(0, 1)), κ = N(0, s_l)
@@ -81,8 +72,7 @@ class Evolution:
             return Ranking(tuple(scale), tuple(self.generator.normal(0, 1, layers) * self.deviations))
         if i < size:
             return self._mutant(self.start, i) if i else self.start
-        oldest = max(len(self.history) - size, 0)  # the last P candidates told are the population
-        drawn = oldest + self.generator.integers(0, len(self.history) - oldest, self.settings.sample)
+        drawn = i - size + self.generator.integers(0, size, self.settings.sample)  # the last P are the population
         return self._mutant(self.candidates[min(drawn, key=self._loss)], i)
 
     def _loss(self, told: int) -> float:
@@ -131,7 +121,6 @@ def learn_ranking(
     floor: float = FLOOR,
     start: Ranking | None = None,
     state_folder: str | Path | None = None,
-    submit: Callable[[list[Masks]], Future] | None = None,
     log: Log | None = None,
 ) -> SearchResult:
     """Learn α and κ by Algorithm 1, evaluating candidates at the lowest FLOP count of interest.
@@ -145,9 +134,6 @@ def learn_ranking(
         start: a ranking to search on from; None starts with random ones, as the paper does.
         state_folder: where the fitness of every network is noted, in a file whose name is made of everything that
             the result depends on. A search found there is replayed from its start, without evaluating again.
-        submit: starts the evaluation of a candidate's masks elsewhere; its result is that of `Fitness`. Up to
-            `search.in_flight` are then on their way. None evaluates here, one after the other. The result
-            depends on `in_flight`, not on where candidates are evaluated or which is done first.
         log: called with every evaluation's row of `history`, replayed ones included.
 
     Raises:
@@ -165,21 +151,13 @@ def learn_ranking(
         judged = _read(path)
 
     evolution = Evolution(judge.norms, search, start)
-    waiting: deque[tuple[Ranking, str]] = deque()  # asked for and not told yet
-    running: dict[str, Callable[[], dict[str, float]]] = {}  # networks not judged yet: gives their fitness
     told: set[str] = set()
     while not evolution.done:
-        began = time.perf_counter()
-        while len(waiting) < search.in_flight and evolution.asked < search.evaluations:
-            candidate = evolution.ask()
-            networks = judge.select(candidate)
-            key = tensors_digest({"kept": torch.cat([mask for kept in networks for mask in kept])})
-            if key not in judged and key not in running:
-                running[key] = submit(networks).result if submit else partial(judge, networks)
-            waiting.append((candidate, key))
-        candidate, key = waiting.popleft()
-        if key in running:
-            judged[key] = running.pop(key)() | {"seconds": time.perf_counter() - began}
+        began, candidate = time.perf_counter(), evolution.ask()
+        networks = judge.select(candidate)
+        key = tensors_digest({"kept": torch.cat([mask for kept in networks for mask in kept])})
+        if key not in judged:
+            judged[key] = judge(networks) | {"seconds": time.perf_counter() - began}
             if path is not None:
                 write_json(path, judged)
         # A network that came before in this search costs its choice only; a replayed one, what it once cost.

@@ -31,7 +31,7 @@ def project(tmp_path_factory):
 
 
 def opened(project, results, stage="sets/norm", **overrides):
-    search = {"rankings.legr.search": {"population": 3, "evaluations": 8, "sample": 2, "in_flight": 2}}
+    search = {"rankings.legr.search": {"population": 3, "evaluations": 8, "sample": 2}}
     return open_experiment("demo", NAME, stage, results, search | overrides, project)
 
 
@@ -63,9 +63,9 @@ def test_two_workers_here_give_the_same_networks_and_the_same_search(project, he
         assert timeless(jobs.run(work.train_network, EACH, "networks")) == here
         with pytest.raises(legr.UserError, match=r"^flops is 0\.0001; the lowest reachable fraction[^\n]*$"):
             jobs.run(work.train_network, [("norm", 0.0001, 0)], "a network too small")
-        work.learn(ranking, Jobs(ranking, jobs.client), "legr", 0)
+        Jobs(ranking, jobs.client).run(work.learn, [("legr", 0), ("legr", 1)], "trials")
     alone = opened(project, "here", "rankings/legr")
-    work.learn(alone, Jobs(alone), "legr", 0)
+    work.learn(alone, "legr", 0)
     assert alone.ranking("legr", 0) == ranking.ranking("legr", 0)
     assert pd.read_csv(alone.out / "search-0.csv").equals(pd.read_csv(ranking.out / "search-0.csv"))
     assert (exp.out / "0.5-0.safetensors").read_bytes() == (alone.folder / "sets/norm/0.5-0.safetensors").read_bytes()

@@ -63,7 +63,7 @@ def test_a_search_killed_a_hundred_times(tmp_path, digits, compute):
         torch.manual_seed(0)
         model = CifarResNet(1)
         graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
-        settings = SearchSettings(population=12, evaluations=32, sample=4, in_flight=2)
+        settings = SearchSettings(population=12, evaluations=32, sample=4)
         fitness = FitnessSettings(recalibration_images=250)
         result = learn_ranking(
             model, graph, digits, 0.47, search=settings, fitness=fitness, compute=compute, state_folder=folder / "state"

@@ -1,8 +1,4 @@
-"""Algorithm 1: what it draws, that it can be interrupted, and that it may evaluate elsewhere."""
-
-import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+"""Algorithm 1: what it draws, and that it can be interrupted."""
 
 import numpy as np
 import pytest
@@ -18,11 +14,8 @@ SHORT = SearchSettings(population=6, evaluations=15, sample=3)
 
 def told(evolution):
     """All candidates of a search with a cheap loss: how far log α is from a fixed direction."""
-    waiting = deque()
     while not evolution.done:
-        while len(waiting) < evolution.settings.in_flight and evolution.asked < evolution.settings.evaluations:
-            waiting.append(evolution.ask())
-        candidate = waiting.popleft()
+        candidate = evolution.ask()
         evolution.tell(candidate, float(np.abs(np.log(candidate.scale) - 0.5).sum()), 0.0)
     return evolution.candidates
 
@@ -34,8 +27,8 @@ def norms():
 
 
 def test_settings_are_the_papers_and_refused_where_they_make_no_sense():
-    assert SearchSettings() == SearchSettings(population=64, evaluations=400, sample=16, mutated=0.1, in_flight=1)
-    for name, value in {"evaluations": 63, "in_flight": 65, "mutated": 1.1, "sample": 0, "racing": 0.1}.items():
+    assert SearchSettings() == SearchSettings(population=64, evaluations=400, sample=16, mutated=0.1)
+    for name, value in {"evaluations": 63, "mutated": 1.1, "sample": 0, "racing": 0.1}.items():
         with pytest.raises(ValidationError, match=name):
             SearchSettings(**{name: value})
 
@@ -79,20 +72,18 @@ def test_a_search_goes_on_from_a_ranking(norms):
     assert len(set(asked)) == 15
 
 
-def learned(small, digits, compute, folder=None, log=None, flops=0.6, submit=None, floor=0.1, fitness=None, **search):
+def learned(small, digits, compute, folder=None, log=None, flops=0.6, floor=0.1, fitness=None, **search):
     """A search with networks: its ranking, its candidates and what it measured."""
     settings = SearchSettings(**{"population": 4, "evaluations": 7, "sample": 2} | search)
     fitness = FitnessSettings(**{"validation_images": 64} | (fitness or {}))
-    options = {"compute": compute, "floor": floor, "state_folder": folder, "submit": submit, "log": log}
+    options = {"compute": compute, "floor": floor, "state_folder": folder, "log": log}
     result = learn_ranking(*small, digits, flops, search=settings, fitness=fitness, **options)
     return result.ranking, result.candidates, result.history.drop(columns="seconds").to_dict("list")
 
 
-@pytest.mark.parametrize(
-    ("fitness", "in_flight"), [({}, 1), ({"recalibration_images": 32}, 3), ({"steps": 2, "batch_size": 16}, 1)]
-)
+@pytest.mark.parametrize("fitness", [{}, {"recalibration_images": 32}, {"steps": 2, "batch_size": 16}])
 def test_interrupted_at_every_network_it_ends_with_the_same_ranking(
-    small, digits, compute, tmp_path, monkeypatch, fitness, in_flight
+    small, digits, compute, tmp_path, monkeypatch, fitness
 ):
     judge, judged, at_most = Fitness.__call__, [], 100
 
@@ -104,7 +95,7 @@ def test_interrupted_at_every_network_it_ends_with_the_same_ranking(
 
     def search(folder=tmp_path, **options):
         judged.clear()
-        return learned(small, digits, compute, folder, fitness=fitness, in_flight=in_flight, **options)
+        return learned(small, digits, compute, folder, fitness=fitness, **options)
 
     monkeypatch.setattr(Fitness, "__call__", interrupted)
     expected = search(None)
@@ -124,7 +115,7 @@ def test_interrupted_at_every_network_it_ends_with_the_same_ranking(
             search()
 
 
-def test_a_network_that_comes_again_is_evaluated_once(small, digits, compute):
+def test_a_network_that_comes_again_is_evaluated_once(small, digits, compute, monkeypatch):
     """And the search is the one that evaluates it every time."""
     judge = Fitness(*small, digits, [0.6], FitnessSettings(validation_images=64), compute)
     search, evaluated = {"population": 6, "evaluations": 40, "sample": 3}, []
@@ -133,35 +124,18 @@ def test_a_network_that_comes_again_is_evaluated_once(small, digits, compute):
         candidate = plain.ask()
         plain.tell(candidate, **judge(judge.select(candidate)))
 
-    def submit(networks):
+    def noted(self, networks):
         evaluated.append(torch.cat(networks[0]).numpy().tobytes())
-        return pool.submit(judge, networks)
+        return judge(networks)
 
-    with ThreadPoolExecutor(1) as pool:
-        ranking, candidates, history = learned(small, digits, compute, submit=submit, **search)
+    judging = Fitness.__call__
+    monkeypatch.setattr(Fitness, "__call__", lambda self, n: noted(self, n) if self is not judge else judging(self, n))
+    ranking, candidates, history = learned(small, digits, compute, **search)
     assert (ranking, candidates) == (plain.best, plain.candidates)
     assert history["loss"] == [row["loss"] for row in plain.history]
     keys = [torch.cat(judge.select(c)[0]).numpy().tobytes() for c in plain.candidates]
     assert evaluated == list(dict.fromkeys(keys))
     assert len(evaluated) < 40
-
-
-def test_the_result_does_not_depend_on_where_candidates_are_evaluated(small, digits, compute):
-    options = {"evaluations": 12, "fitness": {"recalibration_images": 32}, "flops": [0.6, 0.8]}
-    here = learned(small, digits, compute, **options, in_flight=3)
-    fitness = FitnessSettings(recalibration_images=32, validation_images=64)
-    judge, delays = Fitness(*small, digits, [0.6, 0.8], fitness, compute), iter([0.3, 0, 0.1, 0] * 3)
-
-    def late(networks, seconds):  # so that some are done before those that were asked for earlier
-        time.sleep(seconds)
-        return judge(networks)
-
-    def submit(networks):
-        return pool.submit(late, networks, next(delays))
-
-    with ThreadPoolExecutor(3) as pool:
-        assert learned(small, digits, compute, **options, in_flight=3, submit=submit) == here
-    assert learned(small, digits, compute, **options)[1] != here[1]
 
 
 def test_targets_may_be_numpys(small, digits, compute):

@@ -11,7 +11,6 @@ import yaml
 import legr
 from experiments import config, datasets, pretrained, work
 from experiments.config import open_experiment
-from experiments.jobs import Jobs
 from legr import models
 from legr.files import write_json
 from tests.conftest import NAME, PHOTOS, PROJECT
@@ -80,17 +79,16 @@ def test_a_dense_network_is_trained_once_and_its_file_gives_the_recorded_accurac
 
 def test_a_ranking_is_learned_once_and_anew_in_every_trial(project, trained):
     exp = opened(project, "rankings/legr")
-    jobs = Jobs(exp)
-    first = work.learn(exp, jobs, "legr", 0)
-    assert work.learn(opened(project, "rankings/legr"), jobs, "legr", 0) == first
+    first = work.learn(exp, "legr", 0)
+    assert work.learn(opened(project, "rankings/legr"), "legr", 0) == first
     assert trained == ["learn_ranking"]
-    work.learn(exp, jobs, "legr", 1)
+    work.learn(exp, "legr", 1)
     assert exp.ranking("legr", 0) != exp.ranking("legr", 1)
     history = pd.read_csv(exp.out / "search-0.csv")
     assert len(history) == first["evaluations"] == 6 and first["loss"] == pytest.approx(history.loss.min())
     assert first["loss_of_norm_only"] == pytest.approx(history.loss[2])  # the last of the initial population
     fewer = opened(project, "rankings/legr", {"rankings.legr.fitness.validation_images": 40})
-    assert work.learn(fewer, Jobs(fewer), "legr", 0)["key"] != first["key"]
+    assert work.learn(fewer, "legr", 0)["key"] != first["key"]
     assert trained == ["learn_ranking"] * 3
 
 
