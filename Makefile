@@ -1,10 +1,11 @@
 # make repro: install what is needed, then run the pipeline at the scale that params.yaml names.
 # make test:  install what is needed, then run the tests.
+# make gpu-check: does a GPU compute what the CPU does, and how fast?
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test install lint lab bench
+.PHONY: repro test install lint lab bench gpu-check
 repro: install
 	dvc repro
 	@echo "All notebooks on one page: results/$$(sed -n 's/^scale: *\([a-z]*\).*/\1/p' params.yaml)/report.html"
@@ -17,6 +18,10 @@ lint: install
 
 bench: install
 	python -m benchmarks
+
+gpu-check: install
+	python -m pytest -m gpu
+	python -m benchmarks.gpu
 
 lab: install
 	jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/explore.ipynb

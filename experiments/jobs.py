@@ -57,6 +57,7 @@ def open_jobs(exp: Experiment) -> Iterator[Jobs]:
     from distributed import Client, LocalCluster
 
     settings = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_MEMORY.items()}
+    settings["distributed.worker.daemon"] = False  # so that they may start processes that decode images
     with ExitStack() as opened:
         opened.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS} | settings))
         try:

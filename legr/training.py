@@ -96,7 +96,7 @@ class Compute(Settings):
             torch.ones(1, device=device).add(1).item()  # a kernel: a driver or card may be too old for this PyTorch
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0].rstrip(".")
-            if self.device != "auto" or device == "cpu":
+            if self.device != "auto":
                 allowed = "auto, cpu, or cuda with a GPU"
                 raise UserError(f"device is {device!r}; this machine can't use it ({allowed}): {reason}") from None
             warnings.warn(f"this machine's GPU can't be used, so the CPU is: {reason}", stacklevel=2)
@@ -172,21 +172,19 @@ def _given(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def _in_one_sentence(images: str) -> Iterator[None]:
-    """Says it where a network does not take `images`."""
+def _in_one_sentence(failed: str) -> Iterator[None]:
+    """Says that it `failed`, and why."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"the network can't be run on {images}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{failed}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _logits(model: nn.Module, inputs: Tensor, most: int) -> Tensor:
     """float32 [N, classes]. `most` is the largest label."""
-    with _in_one_sentence(f"images {list(inputs.shape[1:])}"):
+    with _in_one_sentence(f"the network can't be run on images {list(inputs.shape[1:])}"):
         logits = model(_given(model, inputs))
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         outputs = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -203,8 +201,7 @@ def recalibrate(model: nn.Module, images: Images, compute: Compute) -> None:
 
     Statistics of a BatchNorm that stays in eval mode when the network is trained are left as they are.
     """
-    what = f"images {list(images.shape)}"
-    with _in_mode(model, training=True), torch.no_grad(), compute.autocast(), _in_one_sentence(what):
+    with _in_mode(model, training=True), torch.no_grad(), compute.autocast():
         momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm) and m.training}
         try:
             for module in momenta:
@@ -212,7 +209,8 @@ def recalibrate(model: nn.Module, images: Images, compute: Compute) -> None:
             for count, (inputs, _) in enumerate(images.batches(_batch_size(images, 250)), 1):
                 for module in momenta:
                     module.momentum = 1 / count  # as None, for which every layer would wait for the device
-                model(_given(model, inputs))
+                with _in_one_sentence(f"the network can't be run on images {list(inputs.shape[1:])}"):
+                    model(_given(model, inputs))
         finally:
             for module, momentum in momenta.items():
                 module.momentum = momentum
@@ -255,15 +253,11 @@ class Step:
         if self.calls <= 3:  # in these, libraries set themselves up, which can't be recorded
             return self._take(self.inputs, self.labels)
         if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            try:  # other threads, which pin images, may go on
-                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                    self._take(self.inputs, self.labels)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, UserError) as error:
-                what = "a training step of this network can't be recorded as a CUDA graph; set compute.graphs to false"
-                raise UserError(f"{what} ({' '.join(str(error).split())[:300]})") from None
+            graph, failed = torch.cuda.CUDAGraph(), "a training step can't be recorded as a CUDA graph"
+            # Other threads, which pin images, may go on meanwhile.
+            recording = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+            with _in_one_sentence(f"{failed}; set compute.graphs to false"), recording:
+                self._take(self.inputs, self.labels)
             self.graph = graph
         self.graph.replay()
 

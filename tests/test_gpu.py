@@ -164,7 +164,7 @@ def test_what_cannot_be_recorded_is_one_sentence_and_runs_without_graphs(gpu, di
     images, recipe = digits.fit[:64].to("cuda"), Recipe(epochs=1, batch_size=8, lr=0.01)
     model = fresh(averaging)
     model(torch.zeros(2, 3, 32, 32))
-    with pytest.raises(legr.UserError, match=r"^a training step .* set compute\.graphs to false \([^\n]*capturing"):
+    with pytest.raises(legr.UserError, match=r"^a training step .* set compute\.graphs to false: [^\n]*capturing"):
         train(copy.deepcopy(model), images, recipe, CUDA, seed=0)
     assert train(model, images, recipe, PLAIN, seed=0).train_loss[0] < 4
 

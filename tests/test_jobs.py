@@ -49,6 +49,11 @@ def seen(exp, *arguments):
     return exp.stage, *arguments
 
 
+def decoded(exp):
+    """By a process of the worker's own, as streamed images are."""
+    return [int(number) for number in torch.utils.data.DataLoader([3, 5], num_workers=1)]
+
+
 def test_one_worker_is_this_process_and_keeps_the_order(project):
     with open_jobs(opened(project, "alone")) as jobs:
         assert jobs.client is None
@@ -61,6 +66,7 @@ def test_two_workers_here_give_the_same_networks_and_the_same_search(project, he
     exp, ranking = opened(project, "two", workers=2), opened(project, "two", "rankings/legr", workers=2)
     with open_jobs(exp) as jobs:
         assert timeless(jobs.run(work.train_network, EACH, "networks")) == here
+        assert jobs.submit(decoded).result() == [3, 5]
         with pytest.raises(legr.UserError, match=r"^flops is 0\.0001; the lowest reachable fraction[^\n]*$"):
             jobs.run(work.train_network, [("norm", 0.0001, 0)], "a network too small")
         Jobs(ranking, jobs.client).run(work.learn, [("legr", 0), ("legr", 1)], "trials")
