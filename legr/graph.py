@@ -17,11 +17,13 @@ With n of the first two units kept and m of the last two, 3×3 kernels on P pixe
 FLOPs = 9·P·(3·n + n·m + m·n) + n·K.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -29,11 +31,15 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from legr.files import UserError
 
 FIXED = 0  # the label of channels that must stay
+FLAG = "_training_flag"  # the name of a `Flag` in the traced network
+TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}  # of layers that are cut
 Labels = Tensor  # int64 [channels]
 
 
@@ -67,11 +73,11 @@ class Graph:
     traced: fx.Graph
     units: list[np.ndarray]  # per layer int64 [width]: the unit of each filter, -1 if it must stay
     other_params: int  # parameters of modules that are not among the operations
-    other_flops: int  # multiply-accumulates of layers that are left whole
+    other_flops: int  # multiply-accumulates of all else
     whole: dict[str, str]  # modules with an operation whose inputs and outputs can't be pruned, and why
-    constants: dict[str, Tensor]  # tensors that the network makes in its forward pass
     inputs: tuple[int, ...] = ()  # channels, height and width that the network was traced with
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the network's parameters and buffers
+    constants: dict[str, Any] = field(default_factory=dict)  # what the network has when it is traced alone, by its path
     frozen: frozenset[str] = frozenset()  # modules that stay in eval mode when the network is trained
     members: list[dict[int, int]] = field(init=False)  # per unit: how many filters of which layer (by its index)
 
@@ -143,21 +149,35 @@ class Graph:
         return np.append(kept_units, True)[units]
 
 
-def because(graph: Graph) -> str:
+def because(whole: dict[str, str]) -> str:
     """Ends a message: what first stays whole."""
-    first = [f", the first in module {name}: {why}" for name, why in graph.whole.items()][:1]
-    return f"; {len(graph.whole)} modules stay whole (Graph.whole){first[0]}" if first else ""
+    first = [f", the first in module {name}: {why}" for name, why in whole.items()][:1]
+    return f"; {len(whole)} modules stay whole (Graph.whole){first[0]}" if first else ""
 
 
 def check_per_layer(graph: Graph, values: Sequence[Tensor], name: str) -> None:
     """Raise UserError unless `values` has one tensor [width] for each layer of `graph`."""
-    if not graph.layers:
-        raise UserError(f"this network has no layers that can be pruned{because(graph)}")
     if len(values) != len(graph.layers):
         raise UserError(f"{name} has {len(values)} layers; this network has {len(graph.layers)} prunable layers")
     for layer, value in zip(graph.layers, values, strict=True):
         if tuple(value.shape) != (layer.width,):
             raise UserError(f"{name} for layer {layer.name} has shape {list(value.shape)}; it must be [{layer.width}]")
+
+
+class Flag(nn.Module):
+    """Gives whether it is in training mode: what a forward pass reads of its module, and torch.fx can't record."""
+
+    def forward(self) -> bool:
+        return self.training
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their names."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def shapes_of(module: nn.Module) -> dict[str, Any]:
+    return {name: None if is_lazy(tensor) else tuple(tensor.shape) for name, tensor in tensors_of(module).items()}
 
 
 class _Whole(Exception):
@@ -172,45 +192,52 @@ class Labeller(fx.Interpreter):
     [N, C, 1, 1], so that they take no memory.
 
     Args:
-        trusted: whether a subclass with a forward pass of its own is taken for its base class.
+        leaves: modules that are not looked into, by their paths, and why.
+        distrusted: names of steps that are left whole, since they compute otherwise than their rules say.
     """
 
-    def __init__(self, network: fx.GraphModule, trusted: bool):
+    def __init__(self, network: fx.GraphModule, leaves: dict[str, str], distrusted: set[str]):
         super().__init__(network, garbage_collect_values=False)
         self.extra_traceback = False  # a refusal is one sentence
-        self.trusted, self.distrusted = trusted, False
+        self.leaves, self.distrusted = leaves, distrusted
         self.labels: dict[fx.Node, Any] = {}
         self.count = FIXED + 1  # of labels
         self.joined: list[Tensor] = []  # int64 [2, pairs] each: labels that are dropped together or not at all
         self.operations: list[Operation] = []
         self.prunable: list[Operation] = []
         self.whole: dict[str, str] = {}
-        self.other_flops = 0  # of layers that are left whole
-        self.owners: dict[int, Operation | None] = {}  # of parameters, by their id
+        parts = [attrgetter(n.target)(network) for n in network.graph.nodes if n.op in ("call_module", "get_attr")]
+        tensors = [tensors_of(part).values() if isinstance(part, nn.Module) else [part] for part in parts]
+        self.uses = Counter(id(t) for own in tensors for t in own)  # of parameters and buffers, by their id
 
-    def found(self, example_input: Tensor) -> Graph:
-        self.run(example_input)
+    def found(self, x: Tensor) -> Graph:
+        """The graph, by a forward pass of images [N, C, H, W]."""
+        with FlopCounterMode(display=False) as counter:
+            self.run(x)
         pairs = torch.cat([torch.empty(2, 0, dtype=torch.int64), *self.joined], 1).numpy()
         links = coo_array((np.ones(pairs.shape[1]), pairs), shape=(self.count, self.count))
         group = connected_components(links, directed=False)[1]  # of each label; labels of a group are joined
         layers = [o for o in self.prunable if (group[o.outputs] != group[FIXED]).any()]
+        if not layers:
+            raise UserError(f"this network has no layers that can be pruned{because(self.whole)}")
         # Units are numbered by their first filter, which settles equal scores.
         free = dict.fromkeys(g for o in layers for g in group[o.outputs].tolist() if g != group[FIXED])
         unit_of_group = np.full(len(group), -1)
         unit_of_group[list(free)] = np.arange(len(free))
-        unit, traced = unit_of_group[group], self.module.graph
-        read = {str(n.target): self.env[n] for n in traced.nodes if n.op == "get_attr"}
-        return Graph(
+        self.unit = unit_of_group[group]  # of each label, -1 if it must stay
+        graph = Graph(
             layers=[Layer(o.module, len(o.outputs)) for o in layers],
-            operations=[replace(o, inputs=unit[o.inputs], outputs=unit[o.outputs]) for o in self.operations],
-            traced=traced,
-            units=[unit[o.outputs] for o in layers],
-            # torch.fx drops parameters that are not used.
-            other_params=sum(p.numel() for p in self.module.parameters() if id(p) not in self.owners),
-            other_flops=self.other_flops,
+            operations=[replace(o, inputs=self.unit[o.inputs], outputs=self.unit[o.outputs]) for o in self.operations],
+            traced=self.module.graph,
+            units=[self.unit[o.outputs] for o in layers],
+            other_params=0,
+            other_flops=0,
             whole=self.whole,
-            constants={name: value for name, value in read.items() if name.startswith("_tensor_constant")},
         )
+        # torch.fx drops parameters that are not used. The counter's FLOPs are two a multiply-accumulate.
+        graph.other_params = sum(p.numel() for p in self.module.parameters()) - graph.params()
+        graph.other_flops = counter.get_total_flops() // (2 * len(x)) - graph.flops()
+        return graph
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
@@ -220,60 +247,60 @@ class Labeller(fx.Interpreter):
 
     def labelled(self) -> Any:
         """The labels of the current node's value; what is no tensor is its own label."""
-        n, mapped = self.node, [self.labels[source] for source in self.node.all_input_nodes]
-        if n.op == "output":
-            for x in tree_leaves(mapped):
-                self.fix(x)
-        if not any(isinstance(x, Tensor) for x in tree_leaves(self.value)):
-            return self.value
-        if n.op in ("placeholder", "get_attr"):  # a parameter is not cut: what it is combined with isn't either
-            return torch.full(self.value.shape, FIXED) if self.value.dim() else FIXED
-        args = fx.node.map_arg(n.args, self.labels.__getitem__)
-        kwargs = dict(fx.node.map_arg(n.kwargs, self.labels.__getitem__))
-        if "input" in kwargs:
-            args = (kwargs.pop("input"), *args)
-        try:
-            return self.rule()(self, *args, **kwargs)
-        except (_Whole, TypeError) as error:  # TypeError: a call that the rule does not know
-            for x in tree_leaves(mapped):
-                self.fix(x)
-            if n.op != "output":
-                self.note_whole(str(error) if isinstance(error, _Whole) else "it is called in an unusual way")
-            return tree_map_only(Tensor, lambda x: torch.full(x.shape, FIXED), self.value)
+        n, fixed = self.node, tree_map_only(Tensor, _fixed, self.value)
+        sources = tree_leaves([self.labels[source] for source in n.all_input_nodes])
+        mapped = [x for x in sources if isinstance(x, Tensor)]
+        if n.op in ("placeholder", "get_attr") or not any(isinstance(x, Tensor) for x in tree_leaves(self.value)):
+            return fixed  # a parameter is not cut: what it is combined with isn't either
+        if n.op != "output":
+            args = fx.node.map_arg(n.args, self.labels.__getitem__)
+            kwargs = dict(fx.node.map_arg(n.kwargs, self.labels.__getitem__))
+            if "input" in kwargs:
+                args = (kwargs.pop("input"), *args)
+            try:
+                labels = self.rule()(self, *args, **kwargs)
+                if [*map(np.shape, tree_leaves(labels))] == [*map(np.shape, tree_leaves(fixed))]:
+                    return labels
+                why = "it gives another shape than usual"
+            except Exception as error:  # of any kind: a call that the rule does not know
+                why = str(error) if isinstance(error, _Whole) else "it mixes channels, or is called in an unusual way"
+            what, owner = n.target, next(reversed(n.meta.get("nn_module_stack") or {}), "(the network itself)")
+            if n.op == "call_module":
+                what, owner = type(self.layer), n.target
+            if n.op == "call_module" or any(x.any() for x in mapped):
+                self.whole.setdefault(owner, f"{getattr(what, '__name__', what)}: {why}")
+        for x in mapped:
+            self.join(x, _fixed(x))
+        return fixed
 
     def rule(self) -> "Rule":
         """Modules are known by their type, functions and methods by their name."""
+        if self.node.name in self.distrusted:
+            raise _Whole("it computes otherwise when channels are missing")
         name, home = self.node.target, "torch"
         if self.node.op == "call_module":
-            kind = type(self.layer)
-            name = next((base for base in kind.__mro__ if base in RULES), None)
-            if name and kind.forward is not name.forward and not kind.__module__.startswith("torch.nn"):
-                self.distrusted = True
-                if not self.trusted:
-                    raise _Whole(f"{kind.__name__} computes otherwise than {name.__name__}")
-            if not name and not list(self.layer.parameters()) and self.only_passes_on():
+            name = next((base for base in type(self.layer).__mro__ if base in RULES), None)
+            if not name and not tensors_of(self.layer) and self.only_passes_on():
                 return _pointwise
         elif self.node.op == "call_function":
             name, home = name.__name__, str(name.__module__).partition(".")[0]
         if name not in RULES or home not in ("torch", "torchvision", "_operator", "builtins"):
-            raise _Whole("no rule says what it does to channels")
+            raise _Whole(self.leaves.get(self.node.target, "no rule says what it does to channels"))
         return RULES[name]
 
     def only_passes_on(self) -> bool:
-        """Whether in eval mode the current module gives what it gets, as dropout does."""
-        given = [self.env[source] for source in self.node.all_input_nodes]
-        return len(given) == 1 and isinstance(self.value, Tensor) and torch.equal(given[0], self.value)
+        """Whether the current module gives what it gets in eval mode, as dropout, and mixes nothing in training."""
+        given, whole = [self.env[source] for source in self.node.all_input_nodes], self.value
+        if len(given) != 1 or not isinstance(whole, Tensor) or not torch.equal(given[0], whole):
+            return False
 
-    def note_whole(self, why: str) -> None:
-        what = self.node.target
-        owner = next(reversed(self.node.meta.get("nn_module_stack") or {}), "(the network itself)")
-        if self.node.op == "call_module":
-            what, owner = type(self.layer).__name__, str(what)
-            if isinstance(self.layer, nn.modules.conv._ConvTransposeNd):  # each weight is used at each input position
-                self.other_flops += self.layer.weight.numel() * prod(self.env[self.node.all_input_nodes[0]].shape[2:])
-            elif isinstance(self.layer, nn.modules.conv._ConvNd | nn.Linear):
-                self.other_flops += self.layer.weight[0].numel() * prod(self.value.shape[1:])
-        self.whole.setdefault(owner, f"{getattr(what, '__name__', what)}: {why}")
+        def trained(x: Tensor) -> Tensor:
+            torch.manual_seed(0)
+            return copy.deepcopy(self.layer).train()(x.clone())
+
+        some, fewer = torch.rand(whole.shape, device=whole.device) < 0.5, whole[:, 1:]
+        mixes = not torch.equal(trained(whole)[some], trained(torch.where(some, whole, 0))[some])
+        return not mixes and trained(fewer).shape == fewer.shape
 
     # What rules ask about and do ----------------------------------------------------------
     @property
@@ -283,7 +310,8 @@ class Labeller(fx.Interpreter):
 
     def channels(self, x: Tensor, axis: int = 1) -> Labels:
         """The labels along dimension `axis`, which must not change along the others."""
-        rows = _without_repetition(x.movedim(axis, -1))[0].reshape(-1, x.shape[axis]) if x.dim() > 1 else x[None]
+        x = x.movedim(axis, -1)
+        rows = x[tuple(slice(0, None if stride else 1) for stride in x.stride()[:-1])].reshape(-1, x.shape[-1])
         if x.dim() < 2 or (rows != rows[0]).any():
             raise _Whole("its channels are in another dimension")
         return rows[0]
@@ -302,22 +330,19 @@ class Labeller(fx.Interpreter):
         left, right = _without_repetition(left, right)
         self.joined.append(torch.stack([left.flatten(), right.flatten()]))
 
-    def fix(self, x: Any) -> None:
-        if isinstance(x, Tensor):
-            self.join(x, torch.tensor(FIXED).expand(x.shape))
-
     def operation(self, inputs: Labels, outputs: Labels, prunable: bool = False) -> None:
         """Note what surgery must know of the current node. Multiply-accumulates follow from the weights' shape."""
         module = str(self.node.target) if self.node.op == "call_module" else None
-        parameters = list(self.layer.parameters()) if module else []
-        for first in {id(p): self.owners[id(p)] for p in parameters if id(p) in self.owners}.values():
-            self.fix(torch.from_numpy(np.concatenate([first.inputs, first.outputs])))
+        tensors = tensors_of(self.layer) if module else {}
+        if any(self.uses[id(t)] > 1 for t in tensors.values()):
             raise _Whole("its weights are used twice")
-        kernel = sum(p[0, 0].numel() for p in parameters if p.dim() > 1)
+        if set(tensors) - TENSORS:
+            raise _Whole("it has tensors of its own")
+        kernel = sum(t[0, 0].numel() for t in tensors.values() if t.dim() > 1)
         positions = prod(self.value.shape[1:]) // len(outputs)
-        counts = (kernel * positions, kernel, sum(p.dim() == 1 for p in parameters))
+        vectors = sum(isinstance(t, nn.Parameter) for t in tensors.values() if t.dim() == 1)
+        counts = (kernel * positions, kernel, vectors)
         noted = Operation(self.node.name, module, inputs.numpy(), outputs.numpy(), *counts)
-        self.owners |= {id(p): noted for p in parameters}
         self.operations.append(noted)
         if prunable:
             self.prunable.append(noted)
@@ -329,6 +354,10 @@ def _without_repetition(*tensors: Tensor) -> list[Tensor]:
         if all(x.stride(dim) == 0 for x in tensors):
             tensors = tuple(x.narrow(dim, 0, 1) for x in tensors)
     return list(tensors)
+
+
+def _fixed(value: Tensor) -> Any:
+    return torch.tensor(FIXED).expand(value.shape) if value.dim() else FIXED
 
 
 # Rules: what an operation does to the labels of its inputs, given the operation's own arguments.
@@ -344,8 +373,9 @@ def _convolution(net: Labeller, x: Tensor) -> Tensor:
         read = torch.tensor([FIXED])  # each filter reads one channel, whatever is kept
     else:
         raise _Whole("its filters come in groups")
+    labels = net.map_of(outputs)
     net.operation(read, outputs, prunable=True)
-    return net.map_of(outputs)
+    return labels
 
 
 def _linear(net: Labeller, x: Tensor) -> Tensor:
@@ -353,8 +383,9 @@ def _linear(net: Labeller, x: Tensor) -> Tensor:
     if x.dim() not in (2, 4):
         raise _Whole("it reads neither vectors nor feature maps")
     inputs, outputs = net.channels(x, axis=-1), net.new(net.layer.out_features)
+    labels = outputs.expand(net.value.shape)
     net.operation(inputs, outputs, prunable=x.dim() == 4)
-    return outputs.expand(net.value.shape)
+    return labels
 
 
 def _by_channel(net: Labeller, x: Tensor) -> Tensor:
@@ -370,7 +401,7 @@ def _pointwise(net: Labeller, x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _by_map(net: Labeller, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Works on each channel's map by itself: pooling, resizing, spatial padding."""
+    """Works on each channel's map by itself: pooling, means, resizing, spatial padding."""
     return net.map_of(net.channels(x))
 
 
@@ -381,12 +412,6 @@ def _joining(net: Labeller, x: Any, other: Any, **_: Any) -> Tensor:
     x, other = torch.broadcast_tensors(x, other)
     net.join(x, other)
     return x
-
-
-def _reducing(net: Labeller, x: Tensor, dim: int | Sequence[int], *_: Any, **__: Any) -> Tensor:
-    if {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)} & {0, 1}:
-        raise _Whole("it is taken over channels")
-    return net.map_of(net.channels(x))
 
 
 def _pad(net: Labeller, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
@@ -419,11 +444,13 @@ def _reshape(net: Labeller, x: Tensor, *sizes: Any) -> Tensor:
     return x.reshape(shape)
 
 
-def _slice(net: Labeller, x: Tensor, index: Any) -> Tensor:
-    index = index if isinstance(index, tuple) else (index,)
-    if any(i != slice(None) for i in index[:2]) or not all(isinstance(i, slice) for i in index):
-        raise _Whole("it picks channels")
-    return net.map_of(net.channels(x))
+def _getitem(net: Labeller, x: Any, index: Any) -> Any:
+    """An element of a tuple; or a part of each channel's map."""
+    if isinstance(x, Tensor):
+        simple = all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in tree_leaves(index))
+        if not simple or len(_without_repetition(x[index])[0].unique()) < len(_without_repetition(x)[0].unique()):
+            raise _Whole("it picks channels")
+    return x[index]
 
 
 POINTWISE = [
@@ -437,13 +464,13 @@ BY_MAP = [
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.UpsamplingBilinear2d,
     nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d,
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate",
+    "mean", "sum", "amax", "amin", "std", "var", "logsumexp",
 ]  # fmt: skip
 JOINING = ["add", "add_", "iadd", "sub", "sub_", "isub", "mul", "mul_", "imul", "div", "div_", "truediv", "itruediv"]
 MOVING = [nn.Flatten, "flatten", "permute", "squeeze", "unsqueeze", "expand_as", "cat", "concat"]
-REDUCING = ["mean", "sum", "amax", "amin"]
 RULES: dict[type | str, Rule] = {
     **dict.fromkeys(POINTWISE, _pointwise), **dict.fromkeys(BY_MAP, _by_map), **dict.fromkeys(JOINING, _joining),
-    **dict.fromkeys(MOVING, _moving), **dict.fromkeys(REDUCING, _reducing), "view": _reshape, "reshape": _reshape,
-    "getitem": _slice, nn.Conv2d: _convolution, nn.Linear: _linear, "pad": _pad,
-    **dict.fromkeys([nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.PReLU], _by_channel),
+    **dict.fromkeys(MOVING, _moving), "view": _reshape, "reshape": _reshape,
+    "getitem": _getitem, nn.Conv2d: _convolution, nn.Linear: _linear, "pad": _pad,
+    **dict.fromkeys([nn.modules.batchnorm._BatchNorm, nn.PReLU], _by_channel),
 }  # fmt: skip

@@ -135,7 +135,7 @@ def select(
     if lowest >= fraction * dense:
         lowest = min(math.ceil(1000 * lowest / dense + 1e-9) / 1000, 1.0)
         raise UserError(
-            f"{name} is {fraction}; the lowest reachable fraction of this network is {lowest}{because(graph)}"
+            f"{name} is {fraction}; the lowest reachable fraction of this network is {lowest}{because(graph.whole)}"
         )
     # The cost only falls as units go, so the first count below the target is found by bisection.
     count = bisect_left(range(len(dropped)), True, key=lambda count: cost(kept_after(count)) < fraction * dense)

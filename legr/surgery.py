@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from legr.files import UserError
-from legr.graph import Graph
+from legr.graph import FLAG, Graph, shapes_of
 
 
 def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
@@ -28,7 +28,7 @@ def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
         A torch.fx.GraphModule in the same mode and on the same device as `model`.
     """
     kept_units = graph.kept_units(kept)
-    if {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} != graph.shapes:
+    if shapes_of(model) != graph.shapes:
         raise UserError("model has other layers than the network that graph was traced from; trace it anew")
     operations = {o.node: o for o in graph.operations}
     pruned = copy.deepcopy(graph.traced)
@@ -47,6 +47,7 @@ def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
             parts[path] = _thin(part, *stay) if cut else copy.deepcopy(part, copies)
     small = fx.GraphModule(parts, pruned, class_name=type(model).__name__)
     for path, module in small.named_modules():
+        path = path.removesuffix(FLAG).rstrip(".")  # a flag goes with the module that it is in
         module.training = model.get_submodule(path).training
         if path in graph.frozen or (isinstance(module, _BatchNorm) and model.training and not module.training):
             module.train = partial(_stay_in_eval, module)

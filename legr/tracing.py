@@ -3,25 +3,26 @@
 import copy
 import inspect
 from itertools import zip_longest
+from operator import attrgetter
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from legr.files import UserError
-from legr.graph import Graph, Labeller
+from legr.graph import FLAG, Flag, Graph, Labeller, shapes_of, tensors_of
 from legr.surgery import prune
 
 LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
-WRAPPED = {  # by type
-    "DataParallel": "hand in model.module",
-    "DistributedDataParallel": "hand in model.module",
-    "OptimizedModule": "hand in model._orig_mod, the network before torch.compile",
-}
+WRAPPED = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}  # by type
 
 
+@torch.no_grad()
+@torch.random.fork_rng()
 def trace(model: nn.Module, example_input: Tensor, check: bool = True) -> Graph:
     """Find a network's prunable layers, coupled units and FLOPs. The network is left alone.
 
@@ -29,206 +30,231 @@ def trace(model: nn.Module, example_input: Tensor, check: bool = True) -> Graph:
 
     Args:
         model: a convolutional network that torch.fx can trace.
-        example_input: [1, channels, height, width], for the shapes; its values do not matter.
+        example_input: [1, channels, height, width], for its shape and type; its values do not matter.
         check: run the traced network beside the original one, in both modes, and a pruned one beside the masked one.
 
     Raises:
         UserError: names the module that can't be traced, or that differs when traced.
     """
     _refuse_what_is_no_network(model, example_input)
-    model = copy.deepcopy(model)
-    device = next((tensor.device for tensor in model.state_dict().values()), example_input.device)
-    example_input = example_input.to(device)
     try:
-        with torch.no_grad():
-            model.eval()(example_input)
+        model = copy.deepcopy(model)
+    except Exception as error:
+        raise UserError(f"the network can't be copied: {_first_line(error)}") from None
+    device = next((tensor.device for tensor in tensors_of(model).values()), example_input.device)
+    x = torch.randn(2, *example_input.shape[1:], generator=torch.Generator().manual_seed(0))
+    x = x.to(device, example_input.dtype)
+    try:
+        model.eval()(x)
     except Exception as error:
         given = f"example_input of shape {list(example_input.shape)} and type {example_input.dtype}"
         raise UserError(f"{given} does not fit the network: {_first_line(error)}") from None
     frozen = frozenset(path for path, module in model.train().named_modules() if not module.training)
-    network = _recorded(model)
-    for trusted in (True, False):
-        labeller = Labeller(network, trusted)
-        with torch.no_grad():
-            graph = labeller.found(example_input)
+    for p in model.parameters():
+        if p.is_floating_point() and not p.any():
+            p.normal_(0, 0.1)  # zeros would hide what is wrong
+    leaves: dict[str, str] = {}  # modules that are not looked into, and why
+    distrusted: set[str] = set()  # steps that compute otherwise than their rules say
+    while True:
+        known = len(leaves)
+        (network, constants, some), (trained, _, more) = (_recorded(model.eval(), leaves, t) for t in (False, True))
+        if len(leaves) == known and str(network.graph) != str(trained.graph):
+            leaves |= dict.fromkeys((some | more) - {""}, "it does other things in training")
+            if len(leaves) == known:
+                raise UserError("the network does other things in training than in evaluation, so it can't be traced")
+        if len(leaves) > known:
+            continue
+        labeller = Labeller(network, leaves, distrusted)
+        graph = labeller.found(x)
         graph.inputs, graph.frozen = tuple(example_input.shape[1:]), frozen
-        graph.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        problem = _difference(model, graph, example_input) if check else None
-        if not (problem and labeller.distrusted):
-            break
-    if problem:
-        raise UserError(f"{problem}, so it can't be pruned")
-    return graph
+        graph.shapes, graph.constants = shapes_of(model), constants
+        if not check:
+            return graph
+        units = np.random.default_rng(0).random(graph.unit_count) < 0.7
+        units[[own[own >= 0][0] for own in graph.units]] = True
+        dense, small = (prune(model, graph, graph.masks(u)) for u in (units | True, units))
+        problem = _difference(model, dense, x)
+        if not problem:
+            stays = torch.from_numpy(graph.kept_channels(units, labeller.unit))
+            wrong = _wrong_when_pruned(dense, small, labeller, stays, x)
+            if not wrong:
+                return graph
+            if wrong <= distrusted:
+                problem = f"{min(wrong)} gives other values in the pruned network than where dropped channels are zero"
+            distrusted |= wrong
+        if problem:
+            raise UserError(f"{problem}, so it can't be pruned")
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200, placeholder=" …")
 
 
 def _refuse_what_is_no_network(model: nn.Module, example_input: Tensor) -> None:
-    name = type(model).__name__
-    if name in WRAPPED:
-        raise UserError(f"model is a {name}; {WRAPPED[name]}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError("model is a ScriptModule; hand in the network that it was made from")
-    if not isinstance(example_input, Tensor):
-        allowed = "it must be one tensor [1, channels, height, width]"
-        raise UserError(f"example_input is of type {type(example_input).__name__}; {allowed}")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")
     for path, module in model.named_modules():
-        if isinstance(module, LAYERS) and "weight" not in module._parameters:
+        name, kind = f"model.{path}".rstrip("."), type(module).__name__
+        if kind in WRAPPED or isinstance(module, torch.jit.ScriptModule):
+            within = f"{name}.{WRAPPED[kind]}" if kind in WRAPPED else "the network that it was made from"
+            raise UserError(f"{name} is a {kind}; hand in {within} in its place")
+        computed = {"weight", "bias"} - module._parameters.keys()
+        if computed and isinstance(module, LAYERS):
             remove = "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
-            raise UserError(f"module {path} computes its weight from other tensors; remove that first ({remove})")
+            raise UserError(
+                f"module {path} computes its {max(computed)} from other tensors; remove that first ({remove})"
+            )
+    for name, tensor in tensors_of(model).items():
+        if is_lazy(tensor) or tensor.is_meta or tensor.is_complex():
+            raise UserError(
+                f"{name} is lazy, complex or on the meta device; the network's tensors must have real values"
+            )
+    if not isinstance(example_input, Tensor) or example_input.dim() != 4:
+        shape = f" and shape {list(example_input.shape)}" if isinstance(example_input, Tensor) else ""
+        given = f"example_input is of type {type(example_input).__name__}{shape}"
+        raise UserError(f"{given}; it must be one tensor [1, channels, height, width]")
 
 
-class _Tracer(fx.Tracer):
-    """Does not look into layers and their subclasses, nor into `leaves`."""
+def _recorded(
+    model: nn.Module, leaves: dict[str, str], training: bool
+) -> tuple[fx.GraphModule, dict[str, Any], set[str]]:
+    """What torch.fx records, what of it is not in `model`, by its path, and modules that branch on their mode.
 
-    def __init__(self, leaves: set[str]):
-        super().__init__()
-        self.leaves = leaves
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, LAYERS) or module_qualified_name in self.leaves
-        return whole or super().is_leaf_module(m, module_qualified_name)
-
-
-def _recorded(model: nn.Module) -> fx.GraphModule:
-    """The network in eval mode. Where calls differ between modes by a flag alone, they read `training`.
-
-    A module that does other things in training is not looked into.
+    Calls that take self.training read a `Flag`. Where a forward pass branches on it, it is taken for `training`.
+    Arguments after the first have their defaults. Modules that can't be recorded are added to `leaves`.
     """
-    leaves: set[str] = set()
-    while True:
-        evaluation, training = (_by_fx(copy.deepcopy(model).train(mode), leaves) for mode in (False, True))
-        flag = None
-        for a, b in zip_longest(evaluation.graph.nodes, training.graph.nodes):
-            pairs = list(zip_longest(_call(a), _call(b)))
-            if all(x == y for x, y in pairs):
-                continue
-            if all(x == y or (x, y) == (False, True) for x, y in pairs):
-                if flag is None:
-                    with evaluation.graph.inserting_before(next(iter(evaluation.graph.nodes))):
-                        flag = evaluation.graph.create_node("get_attr", "training")
-                values, spec = tree_flatten((a.args, a.kwargs))
-                mixed = [flag if x != y else value for value, (x, y) in zip(values, pairs[2:], strict=True)]
-                a.args, a.kwargs = tree_unflatten(mixed, spec)
-                continue
-            stacks = [n.meta["nn_module_stack"] for n in (a, b) if n is not None and n.meta.get("nn_module_stack")]
-            owner = next(reversed(stacks[0])) if stacks else ""
-            if owner in leaves | {""}:
-                raise UserError("the network does other things in training than in evaluation, so it can't be traced")
-            leaves.add(owner)
-            break
-        else:
-            evaluation.recompile()
-            return evaluation
+    branching = set()
 
+    class Tracer(fx.Tracer):  # local, so that torch.fx does not pickle it with the network
+        proxy_buffer_attributes = True
 
-def _call(node: fx.Node | None) -> list[Any]:
-    """What a node calls, and with what: sources by their names."""
-    if node is None:
-        return []
-    return [node.op, str(node.target), *tree_leaves(fx.node.map_arg((node.args, node.kwargs), lambda n: n.name))]
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            whole = isinstance(m, LAYERS) or module_qualified_name in leaves
+            return whole or super().is_leaf_module(m, module_qualified_name)
 
+        def to_bool(self, obj: fx.Proxy) -> bool:
+            owner, _, name = str(obj.node.target).rpartition(".")
+            if obj.node.op != "get_attr" or name != "training":
+                return super().to_bool(obj)
+            branching.add(owner)
+            return training
 
-def _by_fx(model: nn.Module, leaves: set[str]) -> fx.GraphModule:
-    """The network as torch.fx records it in its present mode; arguments after the first have their defaults."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    more = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
-    tracer = _Tracer(leaves)
+    root, tracer = copy.deepcopy(model), Tracer()
+    forward = root.forward
+    root.__class__ = type(type(root).__name__, (type(root),), {"forward": lambda self, x: forward(x)})
+    for module in root.modules():  # torch.fx records what is read from buffers
+        del module.training
+        module._buffers["training"] = torch.zeros(())
     try:
-        graph = tracer.trace(model, concrete_args=more or None)
-    except Exception as error:
-        where = next(reversed(tracer.module_stack), "(the network itself)")
-        raise UserError(f"module {where} can't be traced by torch.fx: {_first_line(error)}") from None
-    for node in reversed(graph.nodes):  # fx asserts that other arguments have their defaults
-        name = getattr(node.target, "__name__", str(node.target))
-        of_default = name in ("_assert", "_assert_is_none", "eq") or (node.op == "placeholder" and more)
-        if of_default and not node.users and not name.startswith(parameters[0].name):
-            graph.erase_node(node)
-    return fx.GraphModule(model, graph)
-
-
-def _difference(model: nn.Module, graph: Graph, example_input: Tensor) -> str | None:
-    """What the traced network does otherwise than `model`, or a pruned one than the masked; None: nothing is seen."""
-    x = torch.randn(2, *example_input.shape[1:], generator=torch.Generator().manual_seed(0)).to(example_input)
-    try:
-        everything = prune(model.eval(), graph, graph.masks(np.ones(graph.unit_count, bool)))
-        for training in (False, True):
+        graph = tracer.trace(root)
+        next(iter(graph.nodes)).target = next(iter(inspect.signature(forward).parameters))
+        parts, constants = {}, {}
+        for n in [n for n in graph.nodes if n.op in ("call_module", "get_attr")]:
+            owner, _, name = n.target.rpartition(".")
+            if name == "training":
+                n.op, n.target = "call_module", f"{owner}.{FLAG}".lstrip(".")
+                constants[n.target] = Flag()
             try:
-                expected, learns = _run(copy.deepcopy(model).train(training), x)
-            except ValueError:  # BatchNorm can't be trained on one value a channel
-                continue
-            found, learns_traced = _run(copy.deepcopy(everything).train(training), x)
-            for path, value in expected.items():
-                if path in found and not _alike(value, found[path]):
-                    when = "training" if training else "evaluation"
-                    return f"module {path or '(the network itself)'} gives other outputs in {when} when it is traced"
-            if learns != learns_traced:
-                name = min(learns ^ learns_traced)
-                return f"parameter {name} gets a gradient in one of the network and the traced network alone"
-        units = np.random.default_rng(0).random(graph.unit_count) < 0.7
-        units[[own[own >= 0][0] for own in graph.units]] = True
-        small = prune(model.eval(), graph, graph.masks(units))
-        if not _alike(_run(_masked(everything.eval(), graph, units), x)[0][""], _run(small, x)[0][""]):
-            return "the pruned network gives other outputs than the network in which dropped channels are zero"
-    except (RuntimeError, IndexError, TypeError, AttributeError) as error:
-        return f"the network can't be run when it is traced and pruned: {_first_line(error)}"
+                parts[n.target] = attrgetter(n.target)(model)
+            except AttributeError:
+                parts[n.target] = constants.setdefault(n.target, getattr(root, n.target, None))
+        return fx.GraphModule(parts, graph), constants, branching
+    except Exception as error:
+        where = next((path for path, _ in reversed(tracer.module_stack.values())), "")
+        if where in {"", *leaves}:
+            name = where or "(the network itself)"
+            raise UserError(f"module {name} can't be traced by torch.fx: {_first_line(error)}") from None
+        leaves[where] = f"it can't be traced by torch.fx: {_first_line(error)}"
+    return _recorded(model, leaves, training)
+
+
+def _difference(model: nn.Module, dense: fx.GraphModule, x: Tensor) -> str | None:
+    """What the traced network does otherwise than `model`; None: nothing is seen."""
+    unseen = "torch.fx sees no torch.no_grad, autocast, nor hooks of the network"
+    for training in (False, True):
+        try:
+            expected, found = (_run(copy.deepcopy(network).train(training), x) for network in (model, dense))
+        except ValueError:  # BatchNorm can't be trained on one value a channel
+            continue
+        except Exception as error:
+            return f"the network can't be run when it is traced: {_first_line(error)}"
+        for name, value in expected.items():
+            if name in found and not _alike(value, found[name]):
+                return f"{name} differs in {'training' if training else 'evaluation'} when it is traced ({unseen})"
     return None
 
 
-def _run(network: nn.Module, x: Tensor) -> tuple[dict[str, Any], set[str]]:
-    """The outputs of all modules by their paths, "" for the network's; and which parameters get a gradient."""
-    outputs: dict[str, Any] = {}
-
-    def note(path: str) -> Any:
-        def hook(module: nn.Module, given: Any, output: Any) -> None:
-            outputs.setdefault(path, tree_map_only(Tensor, lambda t: t.detach().clone(), output))
-
-        return hook
-
+def _run(network: nn.Module, x: Tensor) -> dict[str, Any]:
+    """The outputs of all modules, the buffers afterwards, and which parameters get a gradient, by their names."""
+    values: dict[str, Any] = {}
     for path, module in network.named_modules():
-        module.register_forward_hook(note(path))
-    with torch.random.fork_rng(), torch.enable_grad():
+        name = f"the output of {f'module {path}' if path else 'the network'}"
+        module.register_forward_hook(
+            lambda _, __, output, name=name: values.update({name: tree_map_only(Tensor, Tensor.clone, output)})
+        )
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        outputs = [t for t in tree_leaves(network(x)) if isinstance(t, Tensor) and t.requires_grad]
+        sum((t.sum().abs().float() for t in outputs), torch.zeros((), requires_grad=True)).backward()
+    values |= {f"buffer {name}": buffer for name, buffer in network.named_buffers()}
+    return values | {f"the gradient of {name}": p.grad is None or None for name, p in network.named_parameters()}
+
+
+def _wrong_when_pruned(
+    dense: fx.GraphModule, small: fx.GraphModule, labeller: Labeller, stays: Tensor, x: Tensor
+) -> set[str]:
+    """The steps that in a pruned network give other values than in the dense one with zeros for dropped channels."""
+    wrong: set[str] = set()
+    for training in (False, True):  # in training without dropout, which draws other numbers for fewer channels
+        runs = [fx.Interpreter(network, False) for network in (dense, small)]
+        for run in runs:
+            run.args_iter = iter([x])
+            for path in {o.module for o in labeller.operations if o.module}:
+                run.module.get_submodule(path).train(training)
+        expected: dict[fx.Node, Any] = {}
         torch.manual_seed(0)
-        leaves = [t for t in tree_leaves(network(x)) if isinstance(t, Tensor) and t.requires_grad]
-        sum((t.float().sum() for t in leaves), torch.zeros((), requires_grad=True)).backward()
-    return outputs, {name for name, p in network.named_parameters() if p.grad is not None}
+        try:
+            for n, labels in labeller.labels.items():
+                runs[0].env[n], expected[n] = _masked(runs[0].run_node(n), labels, stays)
+        except ValueError:  # BatchNorm can't be trained on one value a channel
+            continue
+        torch.manual_seed(0)
+        for n, twin in zip(expected, small.graph.nodes, strict=True):
+            try:
+                found = runs[1].run_node(twin)
+                right = _alike(expected[n], found)
+            except Exception:
+                right = False
+            runs[1].env[twin] = found if right else expected[n]
+            wrong |= set() if right else {n.name}
+    return wrong
 
 
-def _masked(network: fx.GraphModule, graph: Graph, kept_units: np.ndarray) -> fx.GraphModule:
-    """`network`, changed in place: its convolutions and linear layers read zeros in place of dropped channels."""
-
-    def zeros(gone: Tensor) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            x = args[0] if args else kwargs["input"]
-            return (x.masked_fill(gone.to(x.device), 0),), {}
-
-        return hook
-
-    for operation in graph.operations:
-        module = network.get_submodule(operation.module) if operation.module else None
-        gone = torch.from_numpy(~graph.kept_channels(kept_units, operation.inputs))
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
-            module.register_forward_pre_hook(zeros(gone[:, None, None]), with_kwargs=True)
-        elif isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(zeros(gone), with_kwargs=True)
-    return network
+def _masked(value: Any, labels: Any, stays: Tensor) -> tuple[Any, Any]:
+    """A step's value with zeros in place of dropped channels, and without them; `stays` is a bool for each label."""
+    values, spec = tree_flatten(value)
+    kept = [t.clone() if isinstance(t, Tensor) else t for t in values]
+    for i, label in enumerate(tree_leaves(labels)):
+        if isinstance(label, Tensor) and not (mask := stays[label]).all():
+            mask = mask.to(values[i].device)
+            values[i] = values[i].masked_fill(~mask, 0)
+            for dim, size in enumerate(mask.shape):
+                stay = mask.movedim(dim, 0).reshape(size, -1).any(1)
+                kept[i] = kept[i].index_select(dim, stay.nonzero().flatten())
+    return tree_unflatten(values, spec), tree_unflatten(kept, spec)
 
 
 def _alike(expected: Any, found: Any) -> bool:
     """The same tensors but for rounding."""
-    pairs = list(zip_longest(tree_leaves(expected), tree_leaves(found)))
-    for a, b in pairs:
+    for a, b in zip_longest(tree_leaves(expected), tree_leaves(found)):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             if type(a) is not type(b):
                 return False
-            continue
-        if a.shape != b.shape or a.dtype != b.dtype:
+        elif a.shape != b.shape or a.dtype != b.dtype:
             return False
-        tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
-        if a.is_floating_point() and a.numel():
+        elif (a.is_floating_point() or a.is_complex()) and a.numel():
             largest = a.detach().abs().amax().clamp(min=1e-6)
+            tolerance = 5e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-3
             if not torch.allclose(a / largest, b / largest, rtol=0, atol=tolerance, equal_nan=True):
                 return False
     return True
