@@ -30,8 +30,11 @@ plt.rcParams |= {
     "svg.hashsalt": "legr",
 }  # fmt: skip
 
-LABELS = {name: method.label for name, method in METHODS.items()} | {"random": "random ranking"}
-COLORS = {name: method.color for name, method in METHODS.items()} | {"random": PAPER}
+LABELS = {name: method.label for name, method in METHODS.items()} | {
+    "random": "random ranking",
+    "paper": "LeGR's authors (paper)",
+}
+COLORS = {name: method.color for name, method in METHODS.items()} | {"random": PAPER, "paper": PAPER}
 MARKERS = {name: method.marker for name, method in METHODS.items()} | {"random": "X"}
 
 

@@ -18,6 +18,7 @@ import legr
 from experiments import pretrained
 from experiments.config import Experiment, RankingSettings
 from experiments.jobs import progress
+from experiments.latency import measure
 from experiments.methods import METHODS
 from legr import models, training
 from legr.files import atomic, read_json, tensors_digest, write_json, write_text
@@ -234,6 +235,28 @@ def all_networks(exp: Experiment) -> pd.DataFrame:
     what = "record of a pruned network (the set stage makes it)"
     rows = [read_json(exp.path(f"sets/{method}/{target}-{trial}.json"), what) for method, target, trial in names]
     return pd.DataFrame(rows).drop(columns=["key", "files", "widths"], errors="ignore")
+
+
+def latencies(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    """Of the published networks and the dense one, with their FLOPs: the columns of `latency.measure` and of `table`."""
+    rows = table[table.trial == 0].set_index(table.method + "-" + table.target.astype(str))
+    networks = {name: network(exp, row.method, row.target) for name, row in rows.iterrows()} | {"dense": exp.model}
+    networks = {name: part.to(exp.compute.device) for name, part in networks.items()}
+    settings = exp.settings.latency
+    times = measure(networks, exp.settings.data.shape, settings.batches, exp.compute, settings.repetitions)
+    facts = rows[["method", "target", "flops"]]
+    facts.loc["dense"] = ["dense", 1.0, exp.dense["flops"]]
+    return times.join(facts, on="network")
+
+
+def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:
+    """Masks as wide as the networks that the authors published for ImageNet, "paper 70%" and so on; MobileNetV2 only."""
+    if exp.settings.model != "mobilenet_v2":
+        return {}
+    table = pd.read_csv(exp.root / "experiments/legrnet.csv")
+    shares = [f"{target:.0%}" for target in exp.settings.targets if f"{target:.0%}" in table]
+    pairs = {share: zip(table.dense, table[share], strict=True) for share in shares}
+    return {f"paper {share}": [torch.arange(n) < kept for n, kept in layers] for share, layers in pairs.items()}
 
 
 def tuning_curves(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:

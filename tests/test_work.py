@@ -132,6 +132,14 @@ def test_the_papers_networks_stand_beside_its_own_experiments_only():
         assert work.papers_networks(open_experiment(scale, name, "compare", root=PROJECT)) is None
 
 
+def test_the_authors_mobilenets_have_the_flops_that_they_published():
+    exp = open_experiment("paper", PHOTOS, "compare", root=PROJECT)
+    graph = legr.trace(models.build("mobilenet_v2", 1000, 0), torch.zeros(1, 3, 224, 224), check=False)
+    found = {name: graph.flops(kept) for name, kept in work.authors_networks(exp).items()}
+    assert found == {"paper 70%": 210_516_076, "paper 60%": 180_440_219, "paper 50%": 150_376_273}
+    assert work.authors_networks(open_experiment("paper", NAME, "compare", root=PROJECT)) == {}
+
+
 @pytest.mark.parametrize("weights", ["w.safetensors", "torchvision"])
 def test_weights_keep_just_the_outputs_of_the_classes(tmp_path, monkeypatch, weights):
     """A file named in params.yaml, or by the environment in place of the download."""
