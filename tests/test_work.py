@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import legr
-from experiments import config, datasets, pretrained, work
+from experiments import config, datasets, pretrained, tables, work
 from experiments.config import open_experiment
 from legr import models
 from legr.files import write_json
@@ -98,7 +98,7 @@ def test_a_network_is_trained_once_and_its_file_gives_the_recorded_accuracy(proj
     assert first["flops_ratio"] < 0.5 and first["flops"] == exp.graph.flops(exp.select("norm", 0.5))
     assert work.train_network(opened(project, "sets/norm", {"finetune.recipe.epochs": 2}), "norm", 0.5, 0) == first
     assert trained == ["train"]
-    small = work.network(opened(project, "sets/norm"), "norm", 0.5)
+    small = tables.network(opened(project, "sets/norm"), "norm", 0.5)
     found = legr.training.evaluate(small, exp.data.test, exp.compute)
     assert found["accuracy"] == pytest.approx(first["accuracy"], abs=1e-6)
     assert [small.get_submodule(layer.name).out_channels for layer in exp.graph.layers] == first["widths"]
@@ -125,19 +125,19 @@ def test_networks_are_those_of_their_own_ranking(project, trained):
 
 
 def test_the_papers_networks_stand_beside_its_own_experiments_only():
-    papers = work.papers_networks(open_experiment("paper", NAME, "compare", root=PROJECT))
+    papers = tables.papers_networks(open_experiment("paper", NAME, "compare", root=PROJECT))
     found = papers[papers.network.str.startswith("LeGR")].set_index("mflops").accuracy_percent
     assert found[58.9] == 93.7 and found[87.8] == 94.1
     for scale, name in (("demo", NAME), ("laptop", PHOTOS)):
-        assert work.papers_networks(open_experiment(scale, name, "compare", root=PROJECT)) is None
+        assert tables.papers_networks(open_experiment(scale, name, "compare", root=PROJECT)) is None
 
 
 def test_the_authors_mobilenets_have_the_flops_that_they_published():
     exp = open_experiment("paper", PHOTOS, "compare", root=PROJECT)
     graph = legr.trace(models.build("mobilenet_v2", 1000, 0), torch.zeros(1, 3, 224, 224), check=False)
-    found = {name: graph.flops(kept) for name, kept in work.authors_networks(exp).items()}
+    found = {name: graph.flops(kept) for name, kept in tables.authors_networks(exp).items()}
     assert found == {"paper 70%": 210_516_076, "paper 60%": 180_440_219, "paper 50%": 150_376_273}
-    assert work.authors_networks(open_experiment("paper", NAME, "compare", root=PROJECT)) == {}
+    assert tables.authors_networks(open_experiment("paper", NAME, "compare", root=PROJECT)) == {}
 
 
 @pytest.mark.parametrize("weights", ["w.safetensors", "torchvision"])

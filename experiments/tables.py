@@ -1,0 +1,93 @@
+"""What the stages made, read back and put side by side: tables for the comparison."""
+
+import statistics
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+import legr
+from experiments.config import Experiment
+from experiments.latency import measure
+from experiments.methods import METHODS
+from legr import models
+from legr.files import read_json
+
+
+def network(exp: Experiment, method: str, target: float) -> nn.Module:
+    """A method's published network: that of the first trial, in eval mode on the CPU."""
+    small = legr.prune(exp.model, exp.graph, exp.select(method, target))
+    return models.load_weights(small, exp.path(f"sets/{method}/{target}-0.safetensors")).eval()
+
+
+def all_networks(exp: Experiment) -> pd.DataFrame:
+    """The records of all pruned networks of the experiment: every method, target and trial."""
+    names = [(m, t, k) for m in exp.methods for t in exp.settings.targets for k in range(exp.settings.trials)]
+    what = "record of a pruned network (the set stage makes it)"
+    rows = [read_json(exp.path(f"sets/{method}/{target}-{trial}.json"), what) for method, target, trial in names]
+    return pd.DataFrame(rows).drop(columns=["key", "files", "widths"], errors="ignore")
+
+
+def latencies(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    """Of the published networks and the dense one: the columns of `latency.measure`, and method, target and FLOPs."""
+    rows = table[table.trial == 0].set_index(table.method + "-" + table.target.astype(str))
+    networks = {name: network(exp, row.method, row.target) for name, row in rows.iterrows()} | {"dense": exp.model}
+    networks = {name: part.to(exp.compute.device) for name, part in networks.items()}
+    settings = exp.settings.latency
+    times = measure(networks, exp.settings.data.shape, settings.batches, exp.compute, settings.repetitions)
+    facts = rows[["method", "target", "flops"]]
+    facts.loc["dense"] = ["dense", 1.0, exp.dense["flops"]]
+    return times.join(facts, on="network")
+
+
+def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:
+    """Masks as wide as the MobileNetV2 networks that the authors published, "paper 70%" and so on; else empty."""
+    if exp.settings.model != "mobilenet_v2":
+        return {}
+    table = pd.read_csv(exp.root / "experiments/legrnet.csv")
+    shares = [f"{target:.0%}" for target in exp.settings.targets if f"{target:.0%}" in table]
+    pairs = {share: zip(table.dense, table[share], strict=True) for share in shares}
+    return {f"paper {share}": [torch.arange(n) < kept for n, kept in layers] for share, layers in pairs.items()}
+
+
+def tuning_curves(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    """Held-out accuracy of every network of `table` over epochs; epoch 0 is the network as pruned."""
+    parts = []
+    for row in table.itertuples():
+        curve = pd.read_csv(exp.path(f"sets/{row.method}/{row.target}-{row.trial}.csv"))
+        parts.append(curve.assign(method=row.method, target=row.target, trial=row.trial))
+    return pd.concat(parts, ignore_index=True)
+
+
+def set_cost(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    """Hours for sets of 1 to 7 networks, from measured times: a search for all of them against one for each."""
+    rows = []
+    for method in exp.settings.rankings:
+        names = [f"rankings/{method}/record-{trial}.json" for trial in range(exp.settings.trials)]
+        search = statistics.mean(read_json(exp.path(name), "record of a search")["seconds"] for name in names) / 3600
+        tuning = table.seconds[table.method == method].mean() / 3600
+        for networks in range(1, 8):
+            one, each = search + networks * tuning, networks * (search + tuning)
+            rows.append({"method": method, "networks": networks, "one search": one, "a search each": each})
+    return pd.DataFrame(rows)
+
+
+def beside_other_work(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    """Our networks, and those that are quoted, each with its own dense network; accuracies in percent."""
+    means = 100 * table.groupby(["target", "method"], sort=False).accuracy.mean()
+    rows = means.rename("accuracy_percent").reset_index()
+    rows["network"] = [f"{METHODS[method].label} ({exp.scale} scale)" for method in rows.method]
+    rows = rows.assign(dense_percent=100 * exp.dense["accuracy"], source="this run")
+    papers = papers_networks(exp)
+    if papers is not None:
+        rows = pd.concat([rows, papers.assign(target=papers.mflops / exp.dense["flops"] * 1e6)])
+    rows["drop"] = rows.dense_percent - rows.accuracy_percent
+    rows["FLOPs left"] = [f"{target:.0%}" for target in rows.target]
+    return rows[["network", "FLOPs left", "dense_percent", "accuracy_percent", "drop", "source"]]
+
+
+def papers_networks(exp: Experiment) -> pd.DataFrame | None:
+    """Networks of the paper and of other work (in percent), where the paper pruned this model on these images."""
+    table = pd.read_csv(exp.root / "experiments/paper.csv")
+    found = table[(table.model == exp.settings.model) & (table.data == exp.settings.data.name)]
+    return None if found.empty else found.drop(columns=["model", "data"])
