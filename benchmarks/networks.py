@@ -4,16 +4,19 @@ import re
 import signal
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import legr
 from legr.files import write_text
 
 PAGE = Path("docs/networks.md")
+UNET = "U-Net, 4 levels"
 NETWORKS = [
     "alexnet", "vgg16", "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121",
     "googlenet", "inception_v3", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "mnasnet1_0",
@@ -21,15 +24,41 @@ NETWORKS = [
     "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny",
     "timm: resnet18", "timm: resnetv2_50", "timm: mobilenetv3_small_100", "timm: efficientnet_lite0",
     "timm: ghostnet_050", "timm: repvgg_a0", "timm: dla34", "timm: cspdarknet53", "timm: densenet121",
-    "timm: convnext_atto", "timm: hardcorenas_a", "timm: rexnet_100",
+    "timm: convnext_atto", "timm: hardcorenas_a", "timm: rexnet_100", UNET,
 ]  # fmt: skip
 FRACTION, TOLERANCE = 0.5, 1e-5  # of the dense FLOPs; of the largest output, for equality in float32
+
+
+class UNet(nn.Module):
+    """Down three times by pooling and up again by interpolation; a feature map of each level is concatenated."""
+
+    def __init__(self, classes: int, widths: tuple[int, ...] = (32, 64, 128, 256)):
+        super().__init__()
+        self.down = nn.ModuleList(map(self.block, (3, *widths), widths))
+        self.up = nn.ModuleList(self.block(here + below, here) for here, below in pairwise(widths))
+        self.head = nn.Conv2d(widths[0], classes, 1)
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Module:
+        convs = [nn.Conv2d(n, outputs, 3, padding=1, bias=False) for n in (inputs, outputs)]
+        return nn.Sequential(*[m for conv in convs for m in (conv, nn.BatchNorm2d(outputs), nn.ReLU())])
+
+    def forward(self, x: Tensor) -> Tensor:
+        passed = [self.down[0](x)]
+        for block in self.down[1:]:
+            passed.append(block(F.max_pool2d(passed[-1], 2)))
+        x = passed.pop()
+        for block in reversed(self.up):
+            x = block(torch.cat([F.interpolate(x, scale_factor=2), passed.pop()], 1))
+        return self.head(x)
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """The network in eval mode with BatchNorm statistics that are not their defaults, and an input [2, 3, 96, 96]."""
     torch.manual_seed(0)
-    if name.startswith("timm: "):  # imported here: it takes seconds
+    if name == UNET:
+        model = UNet(classes=10).eval()
+    elif name.startswith("timm: "):  # imported here: it takes seconds
         import timm
 
         model = timm.create_model(name.removeprefix("timm: "), num_classes=10).eval()

@@ -10,9 +10,9 @@ import legr
 from tests.conftest import settle, silenced
 
 
-def counted(model: nn.Module, side: int) -> int:
+def counted(model: nn.Module, *shape: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, 3, side, side))
+        model(torch.zeros(1, *shape))
     return counter.get_total_flops() // 2  # the counter's FLOPs are two a multiply-accumulate
 
 
@@ -24,12 +24,12 @@ def test_the_papers_networks(name, classes, side, layers, flops):
     model = settle(legr.models.build(name, classes, 0))
     graph = legr.trace(model, torch.zeros(1, 3, side, side))
     assert len(graph.layers) == layers
-    assert graph.flops() == flops == counted(model, side)
+    assert graph.flops() == flops == counted(model, 3, side, side)
     convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     assert [(layer.name, layer.width) for layer in graph.layers] == [(n, m.out_channels) for n, m in convolutions]
     kept = legr.select(graph, legr.filter_norms(model, graph), 0.4)
     small = legr.prune(model, graph, kept)
-    assert graph.flops(kept) == counted(small, side)
+    assert graph.flops(kept) == counted(small, 3, side, side)
     assert [small.get_submodule(layer.name).out_channels for layer in graph.layers] == [int(k.sum()) for k in kept]
     with torch.inference_mode():
         x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))

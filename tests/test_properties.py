@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 import legr
 from legr.models import BasicBlock
@@ -17,7 +18,7 @@ from legr.ranking import FLOOR, MIN_WIDTH
 from tests.conftest import random_kept, settle, silenced
 from tests.test_graph import counted
 
-SIDE = 12
+SHAPES = st.sampled_from([(3, 12, 12), (1, 12, 9), (4, 7, 12), (3, 16, 5)])
 
 
 class Joined(nn.Module):
@@ -36,6 +37,34 @@ class ByPixel(nn.Sequential):
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Own:
+    """A forward pass of its own, which can be cut."""
+
+    def forward(self, x):
+        return torch.abs(super().forward(input=x))
+
+
+class ByWidth:
+    """A forward pass that reads how many channels there are."""
+
+    def forward(self, x):
+        return super().forward(x) / x[0].numel()
+
+
+class ByFilter:
+    """Weight standardization, in small."""
+
+    def forward(self, x):
+        return super().forward(x) * self.weight.std()
+
+
+LAYERS = {
+    base: [type(f"{own.__name__}{base.__name__}", bases, {}) for own in (nn.Module, Own, ByWidth, ByFilter)
+           for bases in [(base,) if own is nn.Module else (own, base)]]
+    for base in (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+}  # fmt: skip
 
 
 def chain(*parts: nn.Module) -> nn.Module:
@@ -60,6 +89,7 @@ KINDS = {
     "grouped": lambda n, w, s: chain(conv(n, 4, 1), conv(4, 4 * w, stride=s, groups=2)),  # stays whole
     "concat": lambda n, w, s: Joined(lambda *x: torch.cat(x, 1), conv(n, w, stride=s), conv(n, 3, 1, s)),
     "zeropad": lambda n, w, s: BasicBlock(n, n + w, s),
+    "dropping": lambda n, w, s: added(conv(n, w), nn.BatchNorm2d(w), conv(w, n), StochasticDepth(0.5, "row")),
     "pool": lambda n, w, s: nn.MaxPool2d(3, 1, 1),
     "gate": lambda n, w, s: Joined(  # squeeze and excitation
         torch.mul, nn.Identity(), chain(nn.AdaptiveAvgPool2d(1), conv(n, w, 1), conv(w, n, 1), nn.Sigmoid())
@@ -73,31 +103,47 @@ STEPS = st.lists(st.tuples(KIND, st.integers(2, 9), STRIDE), min_size=1, max_siz
 @st.composite
 def networks(draw):
     torch.manual_seed(draw(st.integers(0, 1000)))
-    channels, flat = draw(st.integers(2, 9)), draw(st.sampled_from([1, 2]))
-    parts = [conv(3, channels)]
+    channels, flat, shape = draw(st.integers(2, 9)), draw(st.sampled_from([1, 2])), draw(SHAPES)
+    parts = [nn.Dropout(0.2), conv(shape[0], channels)]
     for kind, width, stride in draw(STEPS):
         part = KINDS[kind](channels, width, stride)
-        channels = part(torch.zeros(2, channels, SIDE, SIDE)).shape[1]
+        channels = part(torch.zeros(2, channels, *shape[1:])).shape[1]
         parts += [part, nn.BatchNorm2d(channels), nn.ReLU()]
     model = settle(nn.Sequential(*parts, nn.AdaptiveAvgPool2d(flat), nn.Flatten(), nn.Linear(channels * flat**2, 5)))
-    return model, legr.trace(model, torch.zeros(1, 3, SIDE, SIDE))
+    for module in model.modules():
+        if type(module) in LAYERS and draw(st.sampled_from([True, False, False])):
+            module.__class__ = draw(st.sampled_from(LAYERS[type(module)]))
+    try:
+        return model, legr.trace(model, torch.zeros(1, *shape)), shape
+    except legr.UserError as error:
+        assert "no layers that can be pruned" in str(error)
+        assume(False)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(networks(), st.integers(0, 1000), st.sampled_from([0.2, 0.5, 0.8]))
-def test_pruned_equals_masked_and_flops_equal_pytorchs(made, seed, share):
-    model, graph = made
+def test_pruned_equals_masked_in_both_modes_and_flops_equal_pytorchs(made, seed, share):
+    model, graph, shape = made
     kept = random_kept(graph, seed, share)
     small = legr.prune(model, graph, kept)
-    assert graph.flops() == counted(model, SIDE)
-    assert graph.flops(kept) == counted(small, SIDE)
+    assert graph.flops() == counted(model, *shape)
+    assert graph.flops(kept) == counted(small, *shape)
     assert graph.params() == sum(p.numel() for p in model.parameters())
     assert graph.params(kept) == sum(p.numel() for p in small.parameters())
-    x = torch.randn(2, 3, SIDE, SIDE)
-    with torch.inference_mode():
-        expected = silenced(model, graph, kept)(x)
-        scale = expected.abs().max().clamp(min=1)
-        torch.testing.assert_close(small(x) / scale, expected / scale, rtol=1e-5, atol=1e-5)
+    x, masked = torch.randn(2, *shape), silenced(model, graph, kept)
+    for training in (False, True):
+        outputs = []
+        for network in (masked.train(training), small.train(training)):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                outputs.append(network(x))
+        scale = outputs[0].abs().max().clamp(min=1)
+        torch.testing.assert_close(outputs[1] / scale, outputs[0] / scale, rtol=1e-5, atol=1e-4 if training else 1e-5)
+    stay = {o.module: graph.kept_channels(graph.kept_units(kept), o.outputs) for o in graph.operations}
+    for name, found in small.named_buffers():
+        expected = masked.get_buffer(name)
+        expected = expected[stay[name.rpartition(".")[0]]] if expected.shape != found.shape else expected
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def random_scores(graph, seed):
@@ -126,7 +172,7 @@ def retold(graph, scores, fraction, floor=0.1):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(networks(), st.integers(0, 1000), st.sampled_from([FLOOR, 0.3]))
 def test_selection_is_legr_pruning_and_smaller_networks_are_subsets(made, seed, floor):
-    _, graph = made
+    _, graph, _ = made
     scores, larger = random_scores(graph, seed), graph.masks(np.ones(graph.unit_count, bool))
     for fraction in (1.0, 0.9, 0.75, 0.6, 0.45, 0.3):
         try:
@@ -148,7 +194,7 @@ def test_selection_is_legr_pruning_and_smaller_networks_are_subsets(made, seed, 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(networks(), st.integers(0, 1000), st.booleans())
 def test_targets_of_both_kinds_hold_by_both_methods(made, seed, of_params):
-    _, graph = made
+    _, graph, _ = made
     scores, cost = random_scores(graph, seed), graph.params if of_params else graph.flops
     for select, fraction in itertools.product((legr.select, legr.select_uniform), (0.9, 0.7, 0.5)):
         target = {"target": fraction, "cost": cost} if of_params else {"flops": fraction}

@@ -1,7 +1,10 @@
 """Networks of other people: pruned right, left whole in part, or refused in a sentence; never silently wrong."""
 
 import copy
+import pickle
+import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -50,6 +53,18 @@ class NormAct(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
+class CentredInTraining(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x - x.mean(1, keepdim=True) if self.training else x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth as many write it; torch.fx can't trace it."""
+
+    def forward(self, x):
+        return x * (torch.rand(x.shape[0], 1, 1, 1) < 0.5) if self.training else x
+
+
 def squeeze_and_excite(own, x):
     b, c, _, _ = x.size()
     gate = own.down(F.adaptive_avg_pool2d(x, 1).view(b, c))
@@ -89,6 +104,16 @@ NETWORKS = {  # name: (network, its prunable layers, what stays whole)
         lambda: Net(lambda own, x: own.a(x), a=Standardized(8, 8, 1)), ["conv2"], ("a", "computes otherwise"),
     ),
     "BatchNorm with activation": (lambda: Net(lambda own, x: own.a(x), a=NormAct(8)), ["conv1", "conv2"], None),
+    "zero scale": (
+        lambda: Net(lambda own, x: x + 0 * own.a(x), a=Standardized(8, 8, 1)), ["conv2"], ("a", "computes otherwise"),
+    ),
+    "number of channels": (lambda: Net(lambda own, x: x + x / x.numel()), ["conv2"], ("itself", "truediv")),
+    "by mode": (lambda: Net(lambda own, x: own.a(x), a=CentredInTraining(8)), ["conv2"], ("a", "computes otherwise")),
+    "drop path": (lambda: Net(lambda own, x: own.d(own.a(x)), a=conv(), d=DropPath()), ["conv1", "a", "conv2"], None),
+    "function": (
+        lambda: Net(lambda own, x: F.conv2d(x, own.a.weight), a=conv(bias=False)), ["conv2"], ("itself", "conv2d"),
+    ),
+    "weight read": (lambda: Net(lambda own, x: x * own.conv1.weight.mean()), ["conv2"], ("conv1", "used twice")),
     "FrozenBatchNorm": (lambda: Net(lambda own, x: own.a(x), a=FrozenBatchNorm2d(8)), ["conv2"], None),
     "GroupNorm": (lambda: Net(lambda own, x: own.a(x), a=nn.GroupNorm(2, 8)), ["conv2"], ("a", "GroupNorm")),
     "PReLU": (lambda: Net(lambda own, x: own.b(own.a(x)), a=nn.PReLU(8), b=nn.PReLU()), ["conv1", "conv2"], None),
@@ -129,12 +154,16 @@ def test_the_pruned_network_is_the_masked_one(name):
     assert layers is None or [layer.name for layer in graph.layers] == layers
     assert whole is None or any(whole[0] in owner and whole[1] in why for owner, why in graph.whole.items())
     assert graph.params() == sum(p.numel() for p in model.parameters())
-    assert name == "weight standardization" or graph.flops() == counted(model, 8)
+    assert name == "weight standardization" or graph.flops() == counted(model, 3, 8, 8)
     kept = legr.select(graph, legr.filter_norms(model, graph), target=0.9, cost=graph.params)
     small, x = legr.prune(model, graph, kept), torch.randn(2, 3, 8, 8)
     assert graph.params(kept) == sum(p.numel() for p in small.parameters()) < graph.params()
     with torch.no_grad():
         torch.testing.assert_close(small(x), silenced(copy.deepcopy(model), graph, kept)(x), rtol=1e-4, atol=1e-5)
+
+
+def dropped(own, x):
+    return F.dropout(x, 0.5, own.training)
 
 
 def branching(own, x):
@@ -160,6 +189,12 @@ def masked_conv():
         (lambda: torch.compile(Net()), r"model is a OptimizedModule; hand in model\._orig_mod"),
         (lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), "module 0 computes its weight from"),
         (lambda: nn.Sequential(masked_conv()), "module 0 computes its weight from other tensors; remove that first"),
+        (lambda: nn.Sequential(nn.DataParallel(Net())), r"model\.0 is a DataParallel; hand in model\.0\.module"),
+        (lambda: nn.Sequential(nn.LazyConv2d(8, 3), Net()), "0.weight is lazy, complex or on the meta device"),
+        (lambda: Net().to("meta"), "conv1.weight is lazy, complex or on the meta device"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), "this network has no layers that can be pruned"),
+        (lambda: Net(a=threading.Lock()), "the network can't be copied: cannot pickle"),
+        (lambda: Net().state_dict(), "model is of type OrderedDict; it must be a torch.nn.Module"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_with_its_cause(build, message):
@@ -187,7 +222,7 @@ def test_an_example_that_does_not_fit_is_one_sentence(example, message, capfd):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: Net(lambda own, x: F.dropout(x, 0.5, own.training)),
+        lambda: Net(dropped),
         lambda: Net(lambda own, x: x + own.a(x), a=StochasticDepth(0.5, "row")),
         lambda: nn.Sequential(nn.Dropout(0.5), Net()),
     ],
@@ -201,8 +236,17 @@ def test_randomness_follows_the_mode(build, compute):
     )
     assert torch.equal(small(x), small(x))
     torch.testing.assert_close(for_evaluation(copy.deepcopy(small), compute)(x), small(x))
-    small.train()
-    assert not torch.equal(small(x), small(x))
+    for network in (small, pickle.loads(pickle.dumps(small))):
+        network.train()
+        assert not torch.equal(network(x), network(x))
+
+
+def test_buffers_may_change_after_tracing():
+    model = Net(lambda own, x: own.a(x), a=FrozenBatchNorm2d(8))
+    graph = legr.trace(model, torch.zeros(1, 3, 8, 8))
+    model.a.running_mean += 1
+    small, x = legr.prune(model, graph, graph.masks(np.ones(graph.unit_count, bool))), torch.ones(2, 3, 8, 8)
+    torch.testing.assert_close(small(x), model(x))
 
 
 def test_arguments_after_the_first_have_their_defaults():
