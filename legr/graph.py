@@ -141,8 +141,7 @@ class Graph:
 
     def masks(self, kept_units: np.ndarray) -> list[Tensor]:
         """One bool tensor [width] per layer from a mask over units."""
-        stays = np.append(kept_units, True)
-        return [torch.from_numpy(stays[units]) for units in self.units]
+        return [torch.from_numpy(self.kept_channels(kept_units, units)) for units in self.units]
 
     def kept_channels(self, kept_units: np.ndarray, units: np.ndarray) -> np.ndarray:
         """Which of the channels of these units stay, bool, shaped as `units`; all of unit -1 do."""
@@ -342,10 +341,8 @@ class Labeller(fx.Interpreter):
         positions = prod(self.value.shape[1:]) // len(outputs)
         vectors = sum(isinstance(t, nn.Parameter) for t in tensors.values() if t.dim() == 1)
         counts = (kernel * positions, kernel, vectors)
-        noted = Operation(self.node.name, module, inputs.numpy(), outputs.numpy(), *counts)
-        self.operations.append(noted)
-        if prunable:
-            self.prunable.append(noted)
+        self.operations.append(Operation(self.node.name, module, inputs.numpy(), outputs.numpy(), *counts))
+        self.prunable += self.operations[-1:] if prunable else []
 
 
 def _without_repetition(*tensors: Tensor) -> list[Tensor]:
@@ -379,9 +376,7 @@ def _convolution(net: Labeller, x: Tensor) -> Tensor:
 
 
 def _linear(net: Labeller, x: Tensor) -> Tensor:
-    """On [N, H, W, C] a 1×1 convolution, prunable; on [N, C] its outputs go only with filters that they meet."""
-    if x.dim() not in (2, 4):
-        raise _Whole("it reads neither vectors nor feature maps")
+    """On [N, H, W, C] a 1×1 convolution, prunable; else its outputs go only with filters that they meet."""
     inputs, outputs = net.channels(x, axis=-1), net.new(net.layer.out_features)
     labels = outputs.expand(net.value.shape)
     net.operation(inputs, outputs, prunable=x.dim() == 4)

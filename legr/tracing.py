@@ -116,9 +116,7 @@ def _refuse_what_is_no_network(model: nn.Module, example_input: Tensor) -> None:
         raise UserError(f"{given}; it must be one tensor [1, channels, height, width]")
 
 
-def _recorded(
-    model: nn.Module, leaves: dict[str, str], training: bool
-) -> tuple[fx.GraphModule, dict[str, Any], set[str]]:
+def _recorded(model: nn.Module, leaves: dict[str, str], training: bool) -> tuple[fx.GraphModule, dict, set]:
     """What torch.fx records, what of it is not in `model`, by its path, and modules that branch on their mode.
 
     Calls that take self.training read a `Flag`. Where a forward pass branches on it, it is taken for `training`.
