@@ -83,7 +83,8 @@ def beside_other_work(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
         rows = pd.concat([rows, papers.assign(target=papers.mflops / exp.dense["flops"] * 1e6)])
     rows["drop"] = rows.dense_percent - rows.accuracy_percent
     rows["FLOPs left"] = [f"{target:.0%}" for target in rows.target]
-    return rows[["network", "FLOPs left", "dense_percent", "accuracy_percent", "drop", "source"]]
+    rows = rows.rename(columns={"dense_percent": "dense (%)", "accuracy_percent": "pruned (%)"})
+    return rows[["network", "FLOPs left", "dense (%)", "pruned (%)", "drop", "source"]]
 
 
 def papers_networks(exp: Experiment) -> pd.DataFrame | None:
