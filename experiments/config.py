@@ -85,9 +85,14 @@ class AblationSettings(Section):
         for dotted, values in self.vary.items():
             for value in values:
                 changed = self.search.model_dump()
-                override(changed, dotted, value)
+                try:
+                    override(changed, dotted, value)
+                    variant = RankingSettings.model_validate(changed)
+                except (AttributeError, TypeError, ValidationError):
+                    what = "it must be a value of a search's setting, such as fitness.steps"
+                    raise ValueError(f"vary has {dotted}: {value!r}; {what}") from None
                 shown = [f"{x:.0%}" if isinstance(x, float) else str(x) for x in np.atleast_1d(value).tolist()]
-                found[dotted, ", ".join(shown)] = RankingSettings.model_validate(changed)
+                found[dotted, ", ".join(shown)] = variant
         return found
 
 

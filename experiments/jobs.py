@@ -1,6 +1,6 @@
 """Independent work as jobs: here, one after the other, or side by side on a Dask cluster; and progress bars.
 
-A job is a function of a module with an experiment and plain values as arguments. Workers open the experiment anew
+A job is a function of a module with an experiment and small values as arguments. Workers open the experiment anew
 and read its images from the prepared file. `workers` in params.yaml is a number of processes to start here (with one
 thread each), or the address of a running scheduler. Workers whose device is CUDA share the GPU.
 """

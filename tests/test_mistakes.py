@@ -75,6 +75,14 @@ SETTINGS = {  # what was done: the change, and what the sentence says
     "no targets": (edit("targets", []), "targets is "),
     "too few evaluations": (edit(f"{SEARCH}.evaluations", 3), "evaluations is 3; it must be at least population"),
     "neither weights nor recipes": (edit("dense", {}), "dense.*: it must have weights to start from, recipes"),
+    "no such setting to vary": (
+        edit("ablations.vary", {"fitness.step": [1]}),
+        r"vary has fitness\.step: 1; it must be",
+    ),
+    "nothing of the kind to vary": (
+        edit("ablations.vary", {"flops.at": [1]}),
+        r"vary has flops\.at: 1; it must be a va",
+    ),
     "no such method": (edit("/methods/plain", ["random"]), "method is 'random'; it must be one of legr, legr-ours"),
     "a method without its ranking": (edit("rankings", {"legr": {"flops": [0.5]}}), "rankings lacks legr-ours"),
     "all held out": (edit("data.holdout", 5000), "holdout is 5000; it must be between 1 and 1197"),
