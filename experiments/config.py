@@ -60,6 +60,13 @@ class FinetuneSettings(Section):
     recalibration_images: PositiveInt = 1500  # for the accuracy with BatchNorm re-estimated, weights untouched
 
 
+class CutSettings(Section):
+    """How often a method's ranking is cut between the lowest target and all FLOPs, for a curve without training."""
+
+    number: int = Field(100, ge=2)
+    test_images: PositiveInt = 2000  # fewer than all, for it is many networks
+
+
 class AblationSettings(Section):
     """Which fitness predicts the accuracy after a short fine-tuning, and what else a search depends on."""
 
@@ -114,6 +121,7 @@ class Settings(Section):
     dense: DenseSettings
     rankings: dict[str, RankingSettings]
     finetune: FinetuneSettings
+    cuts: CutSettings = CutSettings()
     ablations: AblationSettings
     latency: LatencySettings = LatencySettings()
 

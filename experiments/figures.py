@@ -70,12 +70,12 @@ def _legend(figure: Figure) -> Figure:
     return figure
 
 
-def _curves(ax: Axes, points: pd.DataFrame) -> None:
+def _curves(ax: Axes, points: pd.DataFrame, joined: bool = True) -> None:
     """A curve for each method; `points`: columns method, x, y, and the lengths `below` and `above` of error bars."""
     methods = [name for name in METHODS if name in set(points.method)]
     for place, name in enumerate(methods):
         part = points[points.method == name].sort_values("x")
-        looks = {"color": COLORS[name], "marker": MARKERS[name], "label": LABELS[name]}
+        looks = {"color": COLORS[name], "marker": MARKERS[name], "label": LABELS[name], "ls": "-" if joined else ""}
         rim = 1.5 * (len(methods) - 1 - place)  # a curve is thinner than those under it: all show
         ax.errorbar(part.x, part.y, (part.below, part.above), lw=2 + rim / 2, ms=6 + rim, capsize=3, **looks)
 
@@ -198,11 +198,14 @@ def search_movie(
     return f'<img alt="the search, animated" src="data:image/gif;base64,{content}">'
 
 
-def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], papers: pd.DataFrame | None, caption: str) -> Figure:
+def tradeoff(
+    table: pd.DataFrame, cuts: pd.DataFrame, dense: Mapping[str, float], papers: pd.DataFrame | None, caption: str
+) -> Figure:
     """Accuracy over FLOPs, fine-tuned (left) and with BatchNorm recalibrated only (right): means, 95% intervals.
 
     Args:
         table: columns method, target, trial, flops, accuracy, accuracy_recalibrated.
+        cuts: columns method, flops, accuracy_recalibrated of the first trial at many FLOP counts.
         papers: columns network, mflops, accuracy_percent, source; None where the paper used other images.
     """
     figure, axes = _figure(table.drop(columns="widths", errors="ignore"), caption, 11, 5, columns=2)
@@ -211,9 +214,11 @@ def tradeoff(table: pd.DataFrame, dense: Mapping[str, float], papers: pd.DataFra
     for ax, (column, title) in zip(axes[0], titles.items(), strict=True):
         points = pd.DataFrame({"x": groups.flops.mean() / 1e6, "y": 100 * groups[column].mean()})
         points["below"] = points["above"] = 100 * groups[column].agg(interval)
-        _curves(ax, points.reset_index())
+        _curves(ax, points.reset_index(), joined=column == "accuracy")
         ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], "D", color=DENSE, label="dense")
         ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title)
+    for method, curve in cuts.groupby("method"):
+        axes[0, 1].plot(curve.flops / 1e6, 100 * curve.accuracy_recalibrated, color=COLORS[method], lw=1.5)
     if papers is not None:
         papers = papers[papers.source.str.startswith("paper")]
         axes[0, 0].plot(papers.mflops, papers.accuracy_percent, "x", color=PAPER, mew=2, label="paper")

@@ -28,6 +28,14 @@ def all_networks(exp: Experiment) -> pd.DataFrame:
     return pd.DataFrame(rows).drop(columns=["key", "files", "widths"], errors="ignore")
 
 
+def all_cuts(exp: Experiment) -> pd.DataFrame:
+    """What every method keeps at many FLOP counts, untrained: columns of `work.cut`, and method."""
+    return pd.concat(
+        [pd.read_csv(exp.path(f"sets/{method}/cuts.csv")).assign(method=method) for method in exp.methods],
+        ignore_index=True,
+    )
+
+
 def latencies(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """Of the published networks and the dense one: the columns of `latency.measure`, and method, target and FLOPs."""
     rows = table[table.trial == 0].set_index(table.method + "-" + table.target.astype(str))

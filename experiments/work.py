@@ -6,6 +6,7 @@ Every result carries the key of everything that made it, so that a stage which r
 import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from torch import Tensor
 import legr
 from experiments import pretrained
 from experiments.config import Experiment, RankingSettings
-from experiments.jobs import progress
+from experiments.jobs import Jobs, progress
 from legr import models, training
 from legr.files import atomic, read_json, tensors_digest, write_json, write_text
-from legr.fitness import Fitness, FitnessSettings
+from legr.fitness import Fitness, FitnessSettings, Masks
 
 
 def train_dense(exp: Experiment) -> dict[str, Any]:
@@ -96,11 +97,10 @@ def _search(exp: Experiment, settings: RankingSettings, trial: int, what: str) -
 def train_network(exp: Experiment, method: str, target: float, trial: int) -> dict[str, Any]:
     """Prune to `target` and fine-tune on `fit`, as the dense network was trained; the seed is the trial's number."""
     kept, settings = exp.select(method, target, trial), exp.settings.finetune
-    masks = tensors_digest({str(i): mask for i, mask in enumerate(kept)})
-    key, name = exp.key("network", *exp.inputs, masks, settings.model_dump(), trial), f"{target}-{trial}"
+    key, name = exp.key("network", *exp.inputs, _named(kept), settings.model_dump(), trial), f"{target}-{trial}"
     if record := exp.kept(name, key):
         return record
-    start, compute = time.perf_counter(), exp.compute
+    compute = exp.compute
     fit, holdout, test = (images.to(compute.device) for images in (exp.data.fit, exp.data.holdout, exp.data.test))
     small = legr.prune(exp.model, exp.graph, kept).to(compute.device, memory_format=torch.channels_last)
     values = {"method": method, "target": target, "trial": trial, "flops": exp.graph.flops(kept)}
@@ -118,11 +118,44 @@ def train_network(exp: Experiment, method: str, target: float, trial: int) -> di
     small.load_state_dict(models.halved(small.state_dict()))  # as in its file
     result, files = training.evaluate(small, test, compute), [f"{name}.csv"]
     values |= {"accuracy": result["accuracy"], "test_loss": result["loss"], "epochs": settings.recipe.epochs}
-    values |= {"seconds": round(time.perf_counter() - start, 1), "widths": [int(mask.sum()) for mask in kept]}
+    values |= {"seconds": round(rows.seconds.sum(), 1), "widths": [int(mask.sum()) for mask in kept]}
     if trial == 0:  # the networks of one trial are published
         files.append(f"{name}.safetensors")
         models.save_weights(small, exp.state / files[-1])
     return exp.record(name, key, files, values)
+
+
+def cut_everywhere(exp: Experiment, jobs: Jobs, method: str) -> dict[str, Any]:
+    """Make cuts.csv: a method's networks at many FLOP counts in the first trial, untrained."""
+    shares = np.linspace(1, min(exp.settings.targets), exp.settings.cuts.number).round(4).tolist()
+    masks = [_named(exp.select(method, share)) for share in shares]
+    few = exp.settings.finetune.recalibration_images
+    key = exp.key("cuts", *exp.inputs, shares, masks, exp.settings.cuts.model_dump(), few)
+    if record := exp.kept("cuts", key):
+        return record
+    rows = jobs.run(cut, [(method, share) for share in shares], f"{method}: cuts")
+    write_text(exp.state / "cuts.csv", pd.DataFrame(rows).to_csv(index=False))
+    return exp.record("cuts", key, ["cuts.csv"], {"seconds": _seconds(exp, "cut")})
+
+
+def cut(exp: Experiment, method: str, share: float) -> dict[str, Any]:
+    """A method's network at the fraction `share` of the FLOPs: its size; its accuracy with BatchNorm recalibrated."""
+    kept, number = exp.select(method, share), exp.settings.cuts.test_images
+    few = exp.settings.finetune.recalibration_images
+
+    def measured() -> float:
+        test = exp.data.test
+        picked = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:number]
+        return recalibrated_accuracy(exp, kept, test[picked].to(exp.compute.device))
+
+    values = {"share": share, "flops": exp.graph.flops(kept), "params": exp.graph.params(kept)}
+    values["accuracy_recalibrated"] = _once(exp, "cut", measured, _named(kept), number, few)
+    return values | {"widths": " ".join(str(int(mask.sum())) for mask in kept)}
+
+
+def _named(kept: Masks) -> str:
+    """A digest of masks."""
+    return tensors_digest({str(i): mask for i, mask in enumerate(kept)})
 
 
 def recalibrated_accuracy(exp: Experiment, kept: list[Tensor], test) -> float:
@@ -147,14 +180,26 @@ def measure_ranking(
     exp: Experiment, ranking: legr.Ranking, target: float, settings: FitnessSettings, seed: int, test: bool
 ) -> float:
     """A ranking's loss on held-out images by a fitness; with `test`, its accuracy on test images instead."""
-    given = [vars(ranking), target, settings.model_dump(), seed, test]
-    path = exp.state / f"measured-{exp.key('measured', *exp.inputs, *given)}.json"
-    if path.exists():
-        return read_json(path, "fitness of a ranking")
-    measure = _measure(exp, settings, target, seed, test)
-    value = measure(measure.select(ranking))["accuracy" if test else "loss"]
-    write_json(path, value)
-    return value
+
+    def measured() -> float:
+        measure = _measure(exp, settings, target, seed, test)
+        return measure(measure.select(ranking))["accuracy" if test else "loss"]
+
+    return _once(exp, "measured", measured, vars(ranking), target, settings.model_dump(), seed, test)
+
+
+def _once(exp: Experiment, name: str, make: Callable[[], Any], *given: Any) -> Any:
+    """What `make` returns from the inputs `given`; noted in the state folder, with the seconds that it took."""
+    path = exp.state / f"{name}-{exp.key(name, *exp.inputs, *given)}.json"
+    if not path.exists():
+        start = time.perf_counter()
+        write_json(path, {"value": make(), "seconds": time.perf_counter() - start})
+    return read_json(path, "measurement")["value"]
+
+
+def _seconds(exp: Experiment, name: str) -> float:
+    """Computing time of all that `_once` noted under a name."""
+    return round(sum(read_json(path, "measurement")["seconds"] for path in exp.state.glob(f"{name}-*.json")), 1)
 
 
 def accuracies_after_steps(exp: Experiment, ranking: legr.Ranking, target: float) -> list[float]:
@@ -162,6 +207,24 @@ def accuracies_after_steps(exp: Experiment, ranking: legr.Ranking, target: float
     settings = exp.settings.ablations
     steps = FitnessSettings(steps=settings.steps, lr=settings.lr, batch_size=settings.batch_size)
     return [measure_ranking(exp, ranking, target, steps, seed, True) for seed in settings.seeds]
+
+
+def ablate(exp: Experiment, jobs: Jobs) -> dict[str, Any]:
+    """Make fitness.csv (rankings judged by each fitness) and searches.csv (what searches with other settings find)."""
+    settings = exp.settings.ablations
+    learned = [read_json(exp.path(f"rankings/{m}/record-0.json"), "record of a search") for m in exp.settings.rankings]
+    key = exp.key("ablations", *exp.inputs, settings.model_dump(), exp.settings.targets, exp.settings.floor,
+                  [record["key"] for record in learned])  # fmt: skip
+    if record := exp.kept("ablations", key):
+        return record
+    rankings = [(source, ranking, t) for t in settings.targets for source, ranking in rankings_to_measure(exp)]
+    table = pd.DataFrame(jobs.run(compare_fitness, [each[1:] for each in rankings], "rankings"))
+    table = table.assign(source=[source for source, _, _ in rankings], target=[t for _, _, t in rankings])
+    searches = pd.concat(jobs.run(try_search, searches_to_try(exp), "searches"))
+    for name, rows in {"fitness": table, "searches": searches}.items():
+        write_text(exp.state / f"{name}.csv", rows.to_csv(index=False))
+    seconds = _seconds(exp, "measured") + searches.groupby(["question", "answer"]).search_seconds.first().sum()
+    return exp.record("ablations", key, ["fitness.csv", "searches.csv"], {"seconds": seconds})
 
 
 def compare_fitness(exp: Experiment, ranking: legr.Ranking, target: float) -> dict[str, float]:

@@ -11,6 +11,7 @@ import yaml
 import legr
 from experiments import config, datasets, pretrained, tables, work
 from experiments.config import open_experiment
+from experiments.jobs import Jobs
 from legr import models
 from legr.files import write_json
 from tests.conftest import NAME, PHOTOS, PROJECT
@@ -109,6 +110,49 @@ def test_a_network_is_trained_once_and_its_file_gives_the_recorded_accuracy(proj
     other = opened(project, "sets/norm", {"finetune.recipe.lr": 0.001})
     assert work.train_network(other, "norm", 0.5, 0)["test_loss"] != first["test_loss"]
     assert trained == ["train"] * 3
+
+
+def test_a_ranking_is_cut_many_times_once(project, monkeypatch):
+    few = {"cuts": {"number": 4, "test_images": 100}}
+    exp = opened(project, "sets/norm", few)
+    first = work.cut_everywhere(exp, Jobs(exp), "norm")
+    cuts = pd.read_csv(exp.out / "cuts.csv")
+    assert cuts.share.tolist() == [1, 0.8333, 0.6667, 0.5] and first["seconds"] > 0
+    assert cuts.flops[0] == exp.graph.flops() and (cuts.flops[1:] < exp.graph.flops() * cuts.share[1:]).all()
+    kept = exp.select("norm", 0.5)
+    assert list(map(int, cuts.widths[3].split())) == [int(mask.sum()) for mask in kept]
+    picked = torch.randperm(599, generator=torch.Generator().manual_seed(0))[:100]
+    assert cuts.accuracy_recalibrated[3] == pytest.approx(work.recalibrated_accuracy(exp, kept, exp.data.test[picked]))
+    monkeypatch.setattr(work, "recalibrated_accuracy", None)  # nothing is measured again
+    again = opened(project, "sets/norm", few)
+    assert work.cut_everywhere(again, Jobs(again), "norm") == first
+
+
+def test_ablations_are_made_once_and_an_interrupted_one_measures_only_what_is_missing(project, monkeypatch):
+    for method in ("legr", "legr-ours"):
+        work.learn(open_experiment("demo", NAME, f"rankings/{method}", "playground", root=project), method, 0)
+    exp = opened(project, "ablations", {"ablations.evaluations": [3, 6]})
+    measure, measured = work._measure, []
+    monkeypatch.setattr(work, "_measure", lambda *given: (measured.append(given), measure(*given))[1])
+
+    class Stop(Jobs):
+        def run(self, function, each, what):
+            if what == "searches":
+                raise KeyboardInterrupt
+            return super().run(function, each, what)
+
+    with pytest.raises(KeyboardInterrupt):
+        work.ablate(exp, Stop(exp))
+    before = len(measured)
+    assert before == 3 * (1 + 2)  # rankings, of which two are the same, by a fitness and two seeds of steps
+    record = work.ablate(exp, Jobs(exp))
+    table, searches = (pd.read_csv(exp.out / f"{name}.csv") for name in ("fitness", "searches"))
+    assert len(table) == 4 and table.source.tolist() == ["norm", "legr", "legr-ours", "random"]
+    answers = 1 + 2 + 2 * 2  # norm-only, two values of τ̂, two methods stopped twice
+    assert len(searches) == answers * len(exp.settings.targets) * 2 and record["seconds"] > 0
+    again = opened(project, "ablations", {"ablations.evaluations": [3, 6]})
+    after = len(measured)
+    assert work.ablate(again, Jobs(again)) == record and len(measured) == after
 
 
 def test_networks_are_those_of_their_own_ranking(project, trained):
