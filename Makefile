@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .PHONY: repro test install lint lab bench gpu-check
 repro: install
 	dvc repro
-	@echo "All notebooks on one page: results/$$(sed -n 's/^scale: *\([a-z]*\).*/\1/p' params.yaml)/report.html"
+	@echo "All notebooks on one page: results/$$(sed -n 's/^scale: *\([a-z]*\).*/\1/p' params.yaml)/report/index.html"
 
 test: install
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup

@@ -48,9 +48,14 @@ def main() -> int:
             settings, _ = config.read_settings(root, scale, name)
             datasets.prepare(settings.data, root / "data/downloads", root / f"data/{scale}/{name}.pt")
         elif stage == "report":
-            from experiments import report
+            from experiments import config, report
 
-            report.build(root / "results" / scale, arguments.experiment)
+            opened = [
+                config.open_experiment(scale, each, "report", "results", root=root) for each in arguments.experiment
+            ]
+            state, final = root / ".state" / "results" / scale / "report", root / "results" / scale / "report"
+            report.build(opened, fresh(state / "part"))
+            swap(state, final)
         else:
             parser.error(f"stage is {stage!r}; it must be one of {', '.join(NOTEBOOKS)}, data, report")
     except ValueError as error:
@@ -72,9 +77,7 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
 
     kind, _, method = stage.partition("/")
     state = root / ".state" / "results" / scale / experiment / stage
-    part, final = state / "part", root / "results" / scale / experiment / stage
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    part = fresh(state / "part")
     parameters = {"scale": scale, "experiment": experiment, "results": "results"}
     os.environ |= KEEP_MEMORY | os.environ
     warnings.filterwarnings("ignore", module="papermill|nbclient|jupyter")
@@ -106,10 +109,22 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     nbformat.write(notebook, part / "notebook.ipynb")
+    swap(state, root / "results" / scale / experiment / stage)
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def swap(state: Path, final: Path) -> None:
+    """Put what a stage has made, `state`/part, in the place of `final`; the state is not needed any more."""
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
         final.rename(state / "before")
-    part.rename(final)
+    (state / "part").rename(final)
     shutil.rmtree(state, ignore_errors=True)
 
 

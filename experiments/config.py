@@ -304,6 +304,11 @@ class Experiment:
 
     # For captions --------------------------------------------------------------------------
     @property
+    def title(self) -> str:
+        names = {"resnet56": "ResNet-56", "mobilenet_v2": "MobileNetV2"}
+        return f"{names.get(self.settings.model, self.settings.model)} on {self.settings.data.title}"
+
+    @property
     def about(self) -> str:
         """Scale, data and network."""
         data = self.settings.data

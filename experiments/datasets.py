@@ -50,6 +50,11 @@ class DataSettings(BaseModel):
         return self.channels, *sides
 
     @property
+    def title(self) -> str:
+        """The data set's name."""
+        return DATASETS[self.name].about.partition(" (")[0]
+
+    @property
     def about(self) -> str:
         """For captions."""
         return f"{DATASETS[self.name].about}, {self.shape[1]}×{self.shape[2]}"

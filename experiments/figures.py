@@ -8,6 +8,7 @@ from textwrap import wrap
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ from torch import Tensor
 from experiments.methods import DENSE, METHODS, PAPER
 from legr.files import atomic, write_text
 from legr.graph import Graph
-from legr.ranking import Ranking
+from legr.ranking import Ranking, select
 
 # matplotlib's copy of seaborn's style. seaborn itself is imported where it draws: it takes a second, in every stage.
 plt.style.use("seaborn-v0_8-whitegrid")
@@ -196,6 +197,105 @@ def search_movie(
         images[0].save(temporary, "GIF", save_all=True, append_images=images[1:], duration=pauses, loop=0)
         content = base64.b64encode(temporary.read_bytes()).decode()
     return f'<img alt="the search, animated" src="data:image/gif;base64,{content}">'
+
+
+def idea(graph: Graph, norms: Sequence[Tensor], ranking: Ranking, target: float, floor: float, caption: str) -> Figure:
+    """Why a ranking must be learned: every filter's importance by layer, by norms alone and by Eq. 1, and one cut."""
+    figure, axes = _figure(pd.DataFrame(), caption, 11, 4.6, columns=2)
+    rows, units = [], np.concatenate(graph.units)
+    layers = np.repeat(np.arange(len(graph.units)), graph.widths) + 1
+    plain = Ranking.norm_only(len(norms))
+    titles = {
+        "norm": "by norms alone: $\\Vert\\Theta_i\\Vert^2$",
+        "legr": "learned (Eq. 1): $\\alpha_l\\Vert\\Theta_i\\Vert^2+\\kappa_l$",
+    }
+    for ax, (name, one) in zip(axes[0], {"norm": plain, "legr": ranking}.items(), strict=True):
+        scores = one.scores(norms)
+        kept = torch.cat(select(graph, scores, target, floor=floor)).numpy()
+        importance = np.bincount(units + 1, torch.cat(scores).numpy())[1:][units]  # of a filter's unit
+        part = pd.DataFrame({"panel": name, "layer": layers, "importance": importance, "kept": kept})
+        rows.append(part[units >= 0])
+        for stays, color, label in ((True, COLORS[name], "stays"), (False, "#B8B8B8", "goes")):
+            own = rows[-1][rows[-1].kept == stays]
+            shift = np.linspace(-0.3, 0.3, 7)[np.arange(len(own)) % 7]
+            ax.scatter(own.layer + shift, own.importance, s=7, color=color, lw=0, label=label)
+        ax.axhline(rows[-1].importance[~rows[-1].kept].max(), color=DENSE, lw=1, label="the cut")
+        ax.set_yscale("symlog", linthresh=1, linscale=0.6)
+        ax.set(xlabel="prunable layer, in execution order", title=titles[name])
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, markerscale=2.5)
+    axes[0, 0].set(ylabel="importance of a filter's unit")
+    figure.data = pd.concat(rows)
+    return figure
+
+
+def hero(panels: Sequence[tuple[str, pd.DataFrame, Mapping[str, float]]], caption: str) -> Figure:
+    """A column for each experiment: accuracy over FLOPs (above), and points over norm-only, paired by trial (below).
+
+    Args:
+        panels: a title, a table as for `tradeoff`, and the dense network's record.
+    """
+    everything = pd.concat([table.assign(experiment=title) for title, table, _ in panels])
+    columns = ["experiment", "method", "target", "trial", "flops", "accuracy"]
+    figure, axes = _figure(everything[columns], caption, 6 * len(panels), 7, rows=2, columns=len(panels))
+    for (top, bottom), (title, table, dense) in zip(axes.T, panels, strict=True):
+        less = table.set_index(["method", "target", "trial"]).accuracy
+        less = (less - less["norm"].reindex(less.index.droplevel(0)).to_numpy()).reset_index()
+        for ax, part in ((top, table), (bottom, less)):
+            groups = part.groupby(["method", "target"])
+            points = pd.DataFrame({"y": 100 * groups.accuracy.mean(), "below": 100 * groups.accuracy.agg(interval)})
+            _curves(ax, points.reset_index().assign(x=lambda p: 100 * p.target, above=lambda p: p.below))
+        top.axhline(100 * dense["accuracy"], color=DENSE, ls=":", lw=1.2, label="dense")
+        top.set(ylabel="test accuracy (%)", title=title)
+        bottom.set(xlabel="FLOPs left (%)", ylabel="points over norm-only")
+    return _legend(figure)
+
+
+def networks(graph: Graph, kept: Mapping[tuple[str, float], Sequence[Tensor]], caption: str) -> Figure:
+    """Small multiples: filters left in each layer over the dense, a row for each method, a column for each target."""
+    methods, targets = (list(dict.fromkeys(column)) for column in zip(*kept, strict=True))
+    columns = {f"{method} at {t:.0%}": [int(m.sum()) for m in masks] for (method, t), masks in kept.items()}
+    data = pd.DataFrame({"layer": range(1, len(graph.layers) + 1), "dense": graph.widths} | columns)
+    figure, axes = _figure(data, caption, 3.3 * len(targets), 1.5 * len(methods) + 0.8, len(methods), len(targets))
+    for i, method in enumerate(methods):
+        for j, target in enumerate(targets):
+            ax = axes[i, j]
+            bars(ax, graph.widths, data[f"{method} at {target:.0%}"], method)
+            ax.set(ylabel="", xlabel="")
+            if i == 0:
+                ax.set_title(f"{target:.0%} FLOPs")
+            ax.label_outer()
+        axes[i, 0].set_ylabel(LABELS[method].replace(" (", "\n("), fontsize=10)
+    figure.supylabel("filters", fontsize=11)
+    return figure
+
+
+def cost(table: pd.DataFrame, papers: Mapping[int, float], caption: str) -> Figure:
+    """Hours for sets of networks (left), and how often a search each takes the time of one search (right).
+
+    Args:
+        table: columns method, networks, "one search", "a search each", ratio.
+        papers: the ratio for numbers of networks, as counted from the authors' scripts.
+    """
+    figure, (axes,) = _figure(table, caption, 11, 4.4, columns=2)
+    for method, part in table.groupby("method"):
+        looks = {"color": COLORS[method], "marker": MARKERS[method], "ms": 6}
+        axes[0].plot(part.networks, part["one search"], label=f"{LABELS[method]}: one search for all", **looks)
+        axes[0].plot(part.networks, part["a search each"], ls="--", label=f"{LABELS[method]}: a search each", **looks)
+        axes[1].plot(part.networks, part.ratio, **looks)
+    axes[1].plot(
+        list(papers),
+        list(papers.values()),
+        "x",
+        color=PAPER,
+        mew=2,
+        ms=8,
+        label="counted in the authors' scripts (paper)",
+    )
+    axes[0].set(xlabel="networks in the set", ylabel="hours (search + fine-tuning)", ylim=(0, None))
+    axes[1].set(xlabel="networks in the set", ylabel="a search each / one search", ylim=(0.9, None))
+    handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=10)
+    return figure
 
 
 def tradeoff(

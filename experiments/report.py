@@ -1,14 +1,22 @@
-"""The executed notebooks of one scale as a single page that can be read offline: no script, no link to fetch."""
+"""The whole scale on one page that can be read offline: the answer first, then the executed notebooks."""
 
+import base64
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
-from jinja2 import DictLoader, Template
+import pandas as pd
+from jinja2 import DictLoader, Environment, FileSystemLoader
 from latex2mathml.converter import convert
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
+from experiments import claims, figures
+from experiments.config import Experiment
+from experiments.methods import METHODS
+from experiments.tables import all_cuts, all_networks, computing_hours
 from legr.files import UserError, write_text
 
 FOLDED = """
@@ -17,7 +25,13 @@ FOLDED = """
 <details class="code"><summary>code</summary>{{ super() }}</details>
 {%- endblock input -%}
 """
-ORDER = ("compare", "dense", "rankings/*", "sets/*", "ablations")  # the answer first
+ORDER = (
+    "compare",
+    "rankings/*",
+    "sets/*",
+    "ablations",
+    "dense",
+)  # the answer, how it was made, why, what it starts from
 
 
 class _Renderer(IPythonRenderer):
@@ -30,11 +44,11 @@ class _Renderer(IPythonRenderer):
         return convert(body)
 
 
-def build(results: Path, names: list[str]) -> None:
-    """Write `results`/report.html from the experiments' executed notebooks.
+def build(experiments: list[Experiment], out: Path) -> None:
+    """Write index.html, and what only all experiments together give: the figures hero and idea, and the claims.
 
     Raises:
-        UserError: an experiment has none.
+        UserError: an experiment lacks results.
     """
     renderer = _Renderer(escape=False, exclude_anchor_links=True)
     exporter = HTMLExporter(
@@ -44,23 +58,67 @@ def build(results: Path, names: list[str]) -> None:
         exclude_output_prompt=True,
         filters={"markdown2html": MarkdownWithMath(renderer=renderer).render},
     )
-    experiments = {}
-    for name in names:
-        found = [path for stage in ORDER for path in sorted((results / name).glob(f"{stage}/notebook.ipynb"))]
+    chapters, places = {}, {}
+    for exp in experiments:
+        found = [path for stage in ORDER for path in sorted(exp.folder.glob(f"{stage}/notebook.ipynb"))]
         if not found:
-            raise UserError(f"results folder {results / name} has no executed notebooks; run the pipeline (dvc repro)")
-        experiments[name] = [_chapter(exporter, path) for path in found]
-    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    page = Template(template, autoescape=True).render(scale=results.name, experiments=experiments)
-    write_text(results / "report.html", page)
+            raise UserError(f"results folder {exp.folder} has no executed notebooks; run the pipeline (dvc repro)")
+        chapters[exp.name] = [_chapter(exporter, path, exp.folder) for path in found]
+        places |= {(exp.name, part["stage"]): f"{exp.name}-{i}" for i, part in enumerate(chapters[exp.name], 1)}
+    answers, first = claims.claims(experiments), experiments[0]
+    titles = {exp.name: exp.title for exp in experiments}
+    write_text(out / "claims.csv", answers.to_csv(index=False))
+    write_text(out / "claims.md", claims.markdown(answers, titles, f"results/{first.scale}"))
+    hours = pd.DataFrame([computing_hours(exp) for exp in experiments])
+    hours.to_csv(out / "compute.csv", index_label="experiment", float_format="%.4g")
+    panels = [(exp.title, all_networks(exp), exp.dense) for exp in experiments]
+    figures.save(figures.hero(panels, " — ".join(exp.caption for exp in experiments)), out / "hero")
+    target, floor, about = sorted(first.settings.targets)[-2], first.settings.floor, f"{first.about}"
+    ranking = first.ranking("legr", 0)
+    figures.save(
+        figures.idea(first.graph, first.norms, ranking, target, floor, f"{about} at {target:.0%} FLOPs"), out / "idea"
+    )
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page = environment.get_template("report.html.j2").render(
+        scale=first.scale,
+        digits=first.settings.data.name == "digits",
+        titles=titles,
+        findings={exp.name: [claims.finding(exp, method) for method in exp.settings.rankings] for exp in experiments},
+        claims=answers.groupby(["claim", "paper"], sort=False),
+        places=places,
+        hours=hours.assign(total=hours.sum(axis=1)).round(2),
+        hardware=f"{first.dense['hardware']}, {first.dense['precision']}, PyTorch {first.dense['torch']}",
+        pictures={name: base64.b64encode((out / f"{name}.svg").read_bytes()).decode() for name in ("hero", "idea")},
+        cuts=json.dumps({exp.name: _cuts(exp) for exp in experiments}, separators=(",", ":")),
+        chapters=chapters,
+    )
+    write_text(out / "index.html", page)
 
 
-def _chapter(exporter: HTMLExporter, path: Path) -> dict[str, str]:
-    """A notebook's title, the first line of its first cell, and the rest as HTML, without hints for playing."""
+def _cuts(exp: Experiment) -> dict[str, Any]:
+    """What the page's slider shows of an experiment: all methods' cuts, and the networks that were fine-tuned."""
+    methods, table, cuts = {}, all_networks(exp), all_cuts(exp)
+    for name in exp.methods:
+        own = cuts[cuts.method == name]
+        tuned = 100 * table[table.method == name].groupby("flops").accuracy.mean()
+        methods[name] = {
+            "label": METHODS[name].label,
+            "color": METHODS[name].color,
+            "mflops": (own.flops / 1e6).round(2).tolist(),
+            "accuracy": (100 * own.accuracy_recalibrated).round(2).tolist(),
+            "widths": [list(map(int, widths.split())) for widths in own.widths],
+            "tuned": [[round(flops / 1e6, 2), round(accuracy, 2)] for flops, accuracy in tuned.items()],
+        }
+    return {"title": exp.title, "dense": exp.graph.widths, "shares": own.share.tolist(), "methods": methods}
+
+
+def _chapter(exporter: HTMLExporter, path: Path, folder: Path) -> dict[str, str]:
+    """A notebook's stage, its title (the first line of its first cell) and the rest as HTML, less hints for playing."""
+    stage = path.parent.relative_to(folder).as_posix()
     notebook = nbformat.read(path, as_version=4)
     title, _, notebook.cells[0].source = notebook.cells[0].source.removeprefix("# ").partition("\n")
-    if path.parent.parent.name in ("rankings", "sets"):
-        title += f" ({path.parent.name})"
+    if "/" in stage:
+        title += f": {METHODS[path.parent.name].label}"
     for cell in notebook.cells:
         cell.source = re.sub(r"^> \*\*To play:\*\*.*$", "", cell.source, flags=re.M)
-    return {"title": title, "body": exporter.from_notebook_node(notebook)[0]}
+    return {"title": title, "stage": stage, "body": exporter.from_notebook_node(notebook)[0]}

@@ -77,7 +77,21 @@ def set_cost(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
         for networks in range(1, 8):
             one, each = search + networks * tuning, networks * (search + tuning)
             rows.append({"method": method, "networks": networks, "one search": one, "a search each": each})
+            rows[-1]["ratio"] = each / one
     return pd.DataFrame(rows)
+
+
+def computing_hours(exp: Experiment) -> pd.Series:
+    """Hours of computing behind an experiment's results, by what they went into."""
+
+    def hours(names: str) -> float:
+        records = [read_json(path, "record of a result") for path in exp.folder.glob(names)]
+        return sum(record["seconds"] for record in records) / 3600
+
+    networks = [f"sets/*/{target}-*.json" for target in exp.settings.targets]
+    parts = {"dense network": hours("dense/dense.json"), "searches": hours("rankings/*/record-*.json")}
+    parts |= {"fine-tuning": sum(map(hours, networks)), "cuts": hours("sets/*/cuts.json")}
+    return pd.Series(parts | {"ablations": hours("ablations/ablations.json")}, name=exp.name)
 
 
 def beside_other_work(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:

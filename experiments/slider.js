@@ -1,0 +1,69 @@
+// The page's slider: filters left in each layer, and accuracy over FLOPs, at any cut of any method. Draws SVG.
+const data = JSON.parse(document.getElementById("cuts").textContent);
+const [experiment, method] = document.querySelectorAll(".controls select");
+const slider = document.querySelector(".controls input"), said = document.querySelector(".controls output");
+const svg = document.querySelector("svg"), table = svg.nextElementSibling.firstElementChild;
+
+const shape = (name, attributes, text = "") => {
+  const given = Object.entries(attributes).map(([key, value]) => `${key}="${value}"`).join(" ");
+  return `<${name} ${given}>${text}</${name}>`;
+};
+const label = (x, y, text, anchor = "middle") => shape("text", { x, y, "text-anchor": anchor }, text);
+
+function options(select, entries) {
+  const before = select.value;
+  select.innerHTML = entries.map(([value, text]) => `<option value="${value}">${text}</option>`).join("");
+  if (entries.some(([value]) => value === before)) select.value = before;
+}
+
+function bars(run, own, at) {
+  const [left, width, bottom, height] = [40, 420, 280, 240], top = Math.max(...run.dense), step = width / run.dense.length;
+  const bar = (n, layer, fill) => {
+    const tall = (n / top) * height;
+    return shape("rect", { x: left + layer * step, y: bottom - tall, width: 0.85 * step, height: tall, fill });
+  };
+  const drawn = run.dense.map((n, layer) => bar(n, layer, "#9995") + bar(own.widths[at][layer], layer, own.color));
+  const marks = label(left - 6, bottom - height + 4, top, "end") + label(left - 6, bottom, 0, "end");
+  return drawn.join("") + marks + label(left + width / 2, bottom + 34, "filters left in each layer (grey: dense)");
+}
+
+function curves(run, own, at) {
+  const [left, width, bottom, height] = [530, 350, 280, 240], most = Math.max(...own.mflops);
+  const x = (mflops) => left + (mflops / most) * width, y = (accuracy) => bottom - (accuracy / 100) * height;
+  let drawn = "";
+  for (const percent of [0, 25, 50, 75, 100]) {
+    drawn += shape("path", { d: `M${left} ${y(percent)}h${width}`, stroke: "#9994" });
+    drawn += label(left - 6, y(percent) + 4, percent, "end") + label(x((percent / 100) * most), bottom + 16, `${percent}%`);
+  }
+  for (const each of Object.values(run.methods)) {
+    const d = each.mflops.map((mflops, i) => `${i ? "L" : "M"}${x(mflops).toFixed(1)} ${y(each.accuracy[i]).toFixed(1)}`);
+    drawn += shape("path", { d: d.join(""), fill: "none", stroke: each.color, "stroke-width": each === own ? 3 : 1.5 });
+    for (const [mflops, accuracy] of each.tuned)
+      drawn += shape("circle", { cx: x(mflops), cy: y(accuracy), r: 3.5, fill: each.color });
+  }
+  const now = { cx: x(own.mflops[at]), cy: y(own.accuracy[at]), r: 7, fill: own.color, stroke: "currentColor" };
+  return drawn + shape("circle", now) + label(left + width / 2, bottom + 34, "accuracy (%) over FLOPs left");
+}
+
+function show() {
+  const run = data[experiment.value];
+  options(method, Object.entries(run.methods).map(([name, each]) => [name, each.label]));
+  slider.max = run.shares.length - 1;
+  const at = slider.max - Math.min(slider.value, slider.max), own = run.methods[method.value];
+  said.textContent = `${(100 * run.shares[at]).toFixed(0)}% of the FLOPs`;
+  svg.innerHTML = bars(run, own, at) + curves(run, own, at);
+  const rows = Object.values(run.methods).map((each) => {
+    const left = each.widths[at].reduce((sum, n) => sum + n, 0);
+    return `<tr><td><b style="color:${each.color}">■</b> ${each.label}</td><td>${each.mflops[at].toFixed(1)}</td>` +
+      `<td>${left}</td><td>${each.accuracy[at].toFixed(1)}</td></tr>`;
+  });
+  table.innerHTML = "<tr><th>method</th><th>MFLOPs</th><th>filters left</th><th>accuracy, recalibrated (%)</th></tr>" + rows.join("");
+}
+
+options(experiment, Object.entries(data).map(([name, run]) => [name, run.title]));
+for (const control of [experiment, method, slider]) control.addEventListener("input", show);
+slider.max = 1e4;
+slider.value = 1e4 / 2;
+show();
+slider.value = Math.round(slider.max / 2);
+show();
