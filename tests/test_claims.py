@@ -1,0 +1,118 @@
+"""Verdicts: what counts as a lead, and when a claim of the paper is reproduced."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from experiments import claims
+from legr.files import write_json
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Of three trials at two targets; `accuracy` changes a method's accuracies, `answers` those of the ablations."""
+
+    def make(accuracy=lambda method, target, trial: 0.9, data="cifar10", trials=3, answers=None, latency=(0.5, 1.0)):
+        methods, targets = ["legr", "legr-ours", "norm", "uniform"], (0.7, 0.15)
+        for m, t, k in [(m, t, k) for m in methods for t in targets for k in range(trials)]:
+            record = {"method": m, "target": t, "trial": k, "accuracy": accuracy(m, t, k)}
+            write_json(tmp_path / f"sets/{m}/{t}-{k}.json", record)
+        (tmp_path / "compare").mkdir()
+        pd.DataFrame(
+            [["legr", 1, latency[0], 0.15, 15], ["legr", 1, 0.8, 0.7, 70], ["dense", 1, latency[1], 1.0, 100]],
+            columns=["method", "batch", "latency_ms", "target", "flops"],
+        ).to_csv(tmp_path / "compare/latency.csv")
+        cost = {"method": "legr", "networks": 7, "one search": [1.5], "a search each": [4.5], "ratio": 3.0}
+        pd.DataFrame(cost).to_csv(tmp_path / "compare/cost.csv")
+        pd.DataFrame({"share": [1.0, 0.7, 0.15]}).to_csv(tmp_path / "sets/legr/cuts.csv")
+        (tmp_path / "ablations").mkdir()
+        rows = answers or [("", "norm", 0.7, 1, 0.5)]
+        columns = ["question", "answer", "target", "seed", "accuracy"]
+        pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "ablations/searches.csv")
+        settings = SimpleNamespace(
+            targets=targets,
+            trials=trials,
+            data=SimpleNamespace(name=data),
+            finetune=SimpleNamespace(recipe=SimpleNamespace(epochs=5)),
+        )
+        masks = {1.0: [1, 1, 1], 0.7: [1, 1, 0], 0.15: [1, 0, 0]}
+        return SimpleNamespace(
+            name="one", scale="laptop", methods=methods, settings=settings, path=lambda name: tmp_path / name,
+            dense={"accuracy": 0.92}, select=lambda method, share: [torch.tensor(masks[share], dtype=torch.bool)],
+        )  # fmt: skip
+
+    return make
+
+
+def lead(method, target, trial):
+    """LeGR leads uniform at both targets, norm-only at the lower one alone, each with some noise; ours is behind."""
+    worth = {"legr": 0.02, "legr-ours": -0.02, "norm": 0.02 if target == 0.7 else 0, "uniform": 0}[method]
+    return 0.9 + worth + 0.001 * ((trial + len(method)) % 3)
+
+
+def verdicts(exp):
+    table = claims.claims([exp])
+    return dict(zip(table.claim, table.verdict, strict=True)), dict(zip(table.claim, table.evidence, strict=True))
+
+
+def test_a_lead_is_one_that_the_interval_bears_out(experiment):
+    exp = experiment(lead)
+    verdict, evidence = verdicts(exp)
+    uniform, norms, ours = list(verdict)[:3]
+    assert (verdict[uniform], verdict[norms], verdict[ours]) == ("reproduced", "partly", "not")
+    assert evidence[uniform].startswith("points: 70% +2.00 ± ") and "15% +2.0" in evidence[norms]
+    plainly = "ahead of norm-only at 15%, level with norm-only at 70%; ahead of uniform at 70% and 15% of the FLOPs"
+    assert claims.finding(exp) == f"LeGR (the paper's fitness) is {plainly}"
+
+
+def test_one_trial_and_digits_give_no_verdict(experiment):
+    exp = experiment(lead, trials=1)
+    verdict, evidence = verdicts(exp)
+    assert list(verdict.values())[:3] == ["untested"] * 3 and "±" not in next(iter(evidence.values()))
+    assert claims.finding(exp).endswith("one trial, no verdict")
+
+
+def test_digits_test_no_claim(experiment):
+    assert set(verdicts(experiment(lead, data="digits"))[0].values()) == {"untested"}
+
+
+def test_accuracy_is_held_against_the_papers_on_its_own_images_only(experiment):
+    kept = "Accuracy is kept"
+    assert verdicts(experiment(lambda m, t, k: 0.92 + 0.001 * k))[0][kept] == "reproduced"
+
+
+def test_accuracy_on_other_images_is_no_answer(experiment):
+    verdict, evidence = verdicts(experiment(lambda m, t, k: 0.91 + 0.001 * k, data="imagenette"))
+    assert verdict["Accuracy is kept"] == "untested" and "70% −0.90" in evidence["Accuracy is kept"]
+
+
+@pytest.mark.parametrize(("low", "verdict"), [(0.8, "reproduced"), (0.7, "partly")])
+def test_where_it_is_learned_and_how_many_steps(experiment, low, verdict):
+    """The ranking of the lowest count, and of few steps, is level everywhere, or behind at one of two targets."""
+    noise = {1: 0.0, 2: 0.001, 3: 0.002}
+    rows = [("flops", a, t, s, (low if (a, t) == ("15%", 0.7) else 0.8) + noise[s] * (1 if a == "15%" else -1))
+            for a in ("70%", "47%", "15%") for t in (0.7, 0.47) for s in noise]  # fmt: skip
+    rows += [("fitness.steps", a, t, s, (low if (a, t) == ("50", 0.7) else 0.8) + noise[s] * (1 if a == "50" else -1))
+             for a in ("0", "10", "50", "200") for t in (0.7, 0.47) for s in noise]  # fmt: skip
+    found, evidence = verdicts(experiment(answers=rows))
+    assert found["Judging at the lowest FLOP count is enough"] == verdict
+    assert found["A few steps τ̂ are enough for the fitness"] == verdict
+    assert evidence["A few steps τ̂ are enough for the fitness"].startswith("50 against 200 steps")
+
+
+def test_the_rest(experiment):
+    verdict, evidence = verdicts(experiment(latency=(1.2, 1.0)))
+    assert (
+        verdict["Latency falls as FLOPs fall"] == "not" and "1.20 at batch 1" in evidence["Latency falls as FLOPs fall"]
+    )
+    assert evidence["One ranking serves every FLOP count"].startswith("2 of 2")
+    assert verdict["A set of networks is cheaper"] == "reproduced"
+
+
+def test_the_table_of_the_readme_leads_to_the_notebooks(experiment):
+    table = claims.markdown(claims.claims([experiment()]), {"one": "ResNet-56 on CIFAR-10"}, "results/laptop")
+    first, rule, *rows = table.splitlines()
+    assert first == "| claim | paper | ResNet-56 on CIFAR-10 |" and rule == "| --- | --- | --- |"
+    assert len(rows) == 9 and "(results/laptop/one/compare/notebook.ipynb)" in rows[0]
