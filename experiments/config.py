@@ -315,10 +315,15 @@ class Experiment:
         return f"{self.scale} scale · {data.about} · {self.settings.model}"
 
     @property
+    def effort(self) -> str:
+        """Fine-tuning and trials."""
+        trials = f"{self.settings.trials} trial{'s' * (self.settings.trials > 1)}"
+        return f"fine-tuned {self.settings.finetune.recipe.epochs} epochs · {trials}"
+
+    @property
     def caption(self) -> str:
         """Which run a figure shows."""
-        trials = f"{self.settings.trials} trial{'s' * (self.settings.trials > 1)}"
-        return f"{self.about} · fine-tuned {self.settings.finetune.recipe.epochs} epochs · {trials}"
+        return f"{self.about} · {self.effort}"
 
 
 def open_experiment(

@@ -106,11 +106,15 @@ def training(history: pd.DataFrame, caption: str) -> Figure:
 
 
 def _progress(ax: Axes, histories: Sequence[pd.DataFrame], method: str) -> None:
-    """Each trial's candidates and the best loss so far over evaluations."""
+    """Each trial's candidates and the best loss so far over evaluations; the few worst lie on the upper edge."""
+    top = 1.05 * pd.concat([history.loss for history in histories]).quantile(0.9)
     for trial, history in enumerate(histories):
-        labels = ("candidate", "best so far") if trial == 0 else (None, None)
-        ax.plot(history.evaluation, history.loss, ".", color=COLORS[method], alpha=0.4, mew=0, label=labels[0])
-        ax.plot(history.evaluation, history.best, color=COLORS[method], lw=2, label=labels[1])
+        labels = ("candidate", "best so far", "candidate above the axis") if trial == 0 else (None,) * 3
+        looks, worst = {"color": COLORS[method], "mew": 0}, history[history.loss > top]
+        ax.plot(history.evaluation, history.loss.where(history.loss <= top), ".", alpha=0.4, label=labels[0], **looks)
+        ax.plot(history.evaluation, history.best.clip(upper=top), lw=2, label=labels[1], **looks)
+        if len(worst):
+            ax.plot(worst.evaluation, [top] * len(worst), "^", ms=5, alpha=0.4, label=labels[2], **looks)
     ax.set(xlabel="evaluation", ylabel="loss", xlim=(0.5, len(histories[0]) + 0.5), yscale="log")
 
 
@@ -200,7 +204,11 @@ def search_movie(
 
 
 def idea(graph: Graph, norms: Sequence[Tensor], ranking: Ranking, target: float, floor: float, caption: str) -> Figure:
-    """Why a ranking must be learned: every filter's importance by layer, by norms alone and by Eq. 1, and one cut."""
+    """Why a ranking must be learned: every filter's importance by layer, by norms alone and by Eq. 1, and one cut.
+
+    Importance is that of the filter's unit, in which coupled filters are summed. What stays below the cut has its
+    layer at the floor.
+    """
     figure, axes = _figure(pd.DataFrame(), caption, 11, 4.6, columns=2)
     rows, units = [], np.concatenate(graph.units)
     layers = np.repeat(np.arange(len(graph.units)), graph.widths) + 1
@@ -220,7 +228,9 @@ def idea(graph: Graph, norms: Sequence[Tensor], ranking: Ranking, target: float,
             shift = np.linspace(-0.3, 0.3, 7)[np.arange(len(own)) % 7]
             ax.scatter(own.layer + shift, own.importance, s=7, color=color, lw=0, label=label)
         ax.axhline(rows[-1].importance[~rows[-1].kept].max(), color=DENSE, lw=1, label="the cut")
-        ax.set_yscale("symlog", linthresh=1, linscale=0.6)
+        lowest = rows[-1].importance.min()
+        ax.set_yscale("log") if lowest > 0 else ax.set_yscale("symlog", linthresh=1, linscale=0.6)
+        ax.set_ylim(0.8 * lowest if lowest > 0 else 1.2 * lowest, 1.6 * rows[-1].importance.max())
         ax.set(xlabel="prunable layer, in execution order", title=titles[name])
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, markerscale=2.5)
     axes[0, 0].set(ylabel="importance of a filter's unit")

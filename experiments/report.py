@@ -50,14 +50,7 @@ def build(experiments: list[Experiment], out: Path) -> None:
     Raises:
         UserError: an experiment lacks results.
     """
-    renderer = _Renderer(escape=False, exclude_anchor_links=True)
-    exporter = HTMLExporter(
-        template_file="folded.html.j2",
-        extra_loaders=[DictLoader({"folded.html.j2": FOLDED})],
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-        filters={"markdown2html": MarkdownWithMath(renderer=renderer).render},
-    )
+    exporter = _exporter()
     chapters, places = {}, {}
     for exp in experiments:
         found = [path for stage in ORDER for path in sorted(exp.folder.glob(f"{stage}/notebook.ipynb"))]
@@ -72,7 +65,8 @@ def build(experiments: list[Experiment], out: Path) -> None:
     hours = pd.DataFrame([computing_hours(exp) for exp in experiments])
     hours.to_csv(out / "compute.csv", index_label="experiment", float_format="%.4g")
     panels = [(exp.title, all_networks(exp), exp.dense) for exp in experiments]
-    figures.save(figures.hero(panels, " — ".join(exp.caption for exp in experiments)), out / "hero")
+    about = " | ".join([f"{first.scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
+    figures.save(figures.hero(panels, about), out / "hero")
     target, floor, about = sorted(first.settings.targets)[-2], first.settings.floor, f"{first.about}"
     ranking = first.ranking("legr", 0)
     figures.save(
@@ -110,6 +104,18 @@ def _cuts(exp: Experiment) -> dict[str, Any]:
             "tuned": [[round(flops / 1e6, 2), round(accuracy, 2)] for flops, accuracy in tuned.items()],
         }
     return {"title": exp.title, "dense": exp.graph.widths, "shares": own.share.tolist(), "methods": methods}
+
+
+def _exporter() -> HTMLExporter:
+    """Notebooks as HTML, with folded code."""
+    renderer = _Renderer(escape=False, exclude_anchor_links=True)
+    return HTMLExporter(
+        template_file="folded.html.j2",
+        extra_loaders=[DictLoader({"folded.html.j2": FOLDED})],
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        filters={"markdown2html": MarkdownWithMath(renderer=renderer).render},
+    )
 
 
 def _chapter(exporter: HTMLExporter, path: Path, folder: Path) -> dict[str, str]:

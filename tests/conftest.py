@@ -172,6 +172,7 @@ def done(tmp_path_factory):
             demo = params["demo"][name]
             demo["data"]["resolution"] = resolution
             demo["targets"] = [target]
+            demo["cuts"] = {"number": 4, "test_images": 64}
             demo["dense"]["recipes"][0] |= {"epochs": 1, "batch_size": 64}
             search = {"population": 2, "evaluations": 4, "sample": 2}
             fitness = {"validation_images": 64, "recalibration_images": 64, "steps": int(name == PHOTOS)}

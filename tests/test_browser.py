@@ -34,7 +34,7 @@ def test_every_figure_of_the_report_is_drawn(done, browser, scheme):
     page.on("console", lambda message: problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else problems.append(r.url))
-    page.goto((done / "results" / "demo" / "report.html").as_uri())
+    page.goto((done / "results" / "demo" / "report" / "index.html").as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     page.wait_for_function("[...document.images].every(i => i.complete)")
     assert page.locator("img").count() >= 12
@@ -44,6 +44,23 @@ def test_every_figure_of_the_report_is_drawn(done, browser, scheme):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert not problems
+    page.close()
+
+
+def test_the_slider_of_the_report_moves_the_cut(done, browser):
+    page = browser.new_page()
+    page.goto((done / "results" / "demo" / "report" / "index.html").as_uri())
+    picture, slider = page.locator("svg[role=img]"), page.locator("input[type=range]")
+    slider.fill("0")
+    low, said = picture.inner_html(), page.locator("output").inner_text()
+    assert said == "50% of the FLOPs" and page.locator(".controls ~ .wide tr").count() == 1 + 2  # two methods
+    slider.fill(slider.get_attribute("max"))
+    whole = picture.inner_html()
+    assert whole != low and page.locator("output").inner_text() == "100% of the FLOPs"
+    page.locator("select").nth(1).select_option("norm")
+    assert picture.inner_html() != whole
+    page.locator("select").first.select_option("imagenet-mobilenetv2")
+    assert picture.locator("rect").count() == 2 * 52
     page.close()
 
 

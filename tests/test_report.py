@@ -1,8 +1,10 @@
 """The report: one page that needs no network, and what it says of the demo."""
 
+import json
 import re
 
 import nbformat
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -11,38 +13,51 @@ from experiments import report
 from tests.conftest import NAME, PHOTOS
 
 
-def offline(page):
-    assert "<script" not in page
+@pytest.mark.xdist_group("pipeline")
+def test_the_report_answers_first_and_is_whole_and_offline(done):
+    folder = done / "results/demo/report"
+    page = (folder / "index.html").read_text()
     addresses = re.findall(r"https?://[^\s\"'<>)]+", page)
     assert not [a for a in addresses if not a.startswith("http://www.w3.org/")]
-
-
-@pytest.mark.xdist_group("pipeline")
-def test_the_report_is_whole_and_offline(done):
-    page = (done / "results/demo/report.html").read_text()
-    offline(page)
     soup = BeautifulSoup(page, "html.parser")
+    assert not [tag for tag in soup("script") if tag.get("src")] and not soup("link", rel="stylesheet")
     assert "says nothing about LeGR" in " ".join(soup.select_one(".banner").text.split())
-    assert len(soup("section")) == 2 * 6  # compare, dense, ranking, two sets, ablations
-    assert [a["href"][1:] for a in soup.select("nav a")] == [section["id"] for section in soup("section")]
-    assert soup.section.h2.text.startswith("5 ·")  # the answer first
+    order = [
+        tag.get("alt") or tag.get("id") or tag["class"][0] for tag in soup.select("img, #claims, #slider, section")
+    ]
+    assert [name[:8] for name in order[:4]] == ["Accuracy", "Importan", "claims", "slider"]
+    assert len(soup("section")) == 2 * 6  # compare, ranking, two sets, ablations, dense
+    assert [a["href"][1:] for a in soup.select("nav details a")] == [section["id"] for section in soup("section")]
+    assert all(soup.find(id=a["href"][1:]) for a in soup.select(".claims a, nav a"))
+    assert soup.section.h2.text.startswith("5 ·")
     for needed in ("<math", "data:image/png", "data:image/gif"):
         assert needed in page
     assert "To play" not in page
     assert len(page) < 5e6
 
 
-def test_a_page_of_another_scale_has_no_banner(tmp_path):
+@pytest.mark.xdist_group("pipeline")
+def test_the_slider_has_what_the_stages_found(done):
+    soup = BeautifulSoup((done / "results/demo/report/index.html").read_text(), "html.parser")
+    runs = json.loads(soup.find(id="cuts").string)
+    assert list(runs) == [NAME, PHOTOS]
+    for name, run in runs.items():
+        cuts = pd.read_csv(done / f"results/demo/{name}/sets/legr/cuts.csv")
+        shown = run["methods"]["legr"]
+        assert run["shares"] == cuts.share.tolist() and len(shown["widths"]) == len(cuts)
+        assert shown["widths"][-1] == list(map(int, cuts.widths.iloc[-1].split()))
+        assert shown["widths"][0] == run["dense"] and len(shown["tuned"]) == 1
+    claimed = pd.read_csv(done / "results/demo/report/claims.csv")
+    assert set(claimed.verdict) == {"untested"}  # digits
+
+
+def test_a_chapter_is_its_notebook_with_formulas_and_without_hints(tmp_path):
     cells = [new_markdown_cell("# 1 · Title\n\nText $x^2$ and `$5`.\n\n$$y$$\n\n> **To play:** change it.")]
     cells += [new_code_cell("1 < 2", outputs=[new_output("execute_result", {"text/plain": "True & <b>"})])]
-    for name in (NAME, PHOTOS):
-        (tmp_path / "laptop" / name / "dense").mkdir(parents=True)
-        nbformat.write(new_notebook(cells=cells), tmp_path / "laptop" / name / "dense/notebook.ipynb")
-    report.build(tmp_path / "laptop", [NAME, PHOTOS])
-    page = (tmp_path / "laptop/report.html").read_text()
-    offline(page)
-    soup = BeautifulSoup(page, "html.parser")
-    assert soup.select_one(".banner") is None and "$5" in page and "To play" not in page
-    assert [formula["display"] for formula in soup("math")] == ["inline", "block"] * 2
-    assert [section.h2.text for section in soup("section")] == ["1 · Title"] * 2
-    assert "True & <b>" in soup.text and not soup.select("section b")
+    (tmp_path / "sets/norm").mkdir(parents=True)
+    nbformat.write(new_notebook(cells=cells), tmp_path / "sets/norm/notebook.ipynb")
+    part = report._chapter(report._exporter(), tmp_path / "sets/norm/notebook.ipynb", tmp_path)
+    assert part["title"] == "1 · Title: norm-only" and part["stage"] == "sets/norm"
+    soup = BeautifulSoup(part["body"], "html.parser")
+    assert "$5" in soup.text and "To play" not in soup.text and "True & <b>" in soup.text and not soup.select("b")
+    assert [formula["display"] for formula in soup("math")] == ["inline", "block"]
