@@ -29,15 +29,15 @@ def claims(experiments: Iterable[Experiment]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", "paper", "stage", "experiment", "verdict", "evidence"])
 
 
-def markdown(table: pd.DataFrame, titles: dict[str, str], folder: str) -> str:
-    """A table with a column for each experiment; verdicts lead to the executed notebooks below `folder`."""
+def linked(table: pd.DataFrame, titles: dict[str, str], folder: str) -> pd.DataFrame:
+    """A column for each experiment, in Markdown: verdicts lead to the executed notebooks below `folder`."""
     links = [f"**[{row.verdict}]({folder}/{row.experiment}/{row.stage}/notebook.ipynb)**" for row in table.itertuples()]
-    rows = [["claim", "paper", *titles.values()], ["---"] * (2 + len(titles))]
-    for (claim, paper), own in table.assign(cell=links + (" " + table.evidence)).groupby(
-        ["claim", "paper"], sort=False
-    ):
-        rows.append([claim, paper, *own.cell])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    wide = table.assign(cell=links + (" " + table.evidence)).pivot(
+        index=["claim", "paper"], columns="experiment", values="cell"
+    )
+    return wide.loc[list(dict.fromkeys(zip(table.claim, table.paper, strict=True))), list(titles)].rename(
+        columns=titles
+    )
 
 
 def finding(exp: Experiment, method: str = "legr") -> str:

@@ -16,7 +16,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from experiments import claims, figures
 from experiments.config import Experiment
 from experiments.methods import METHODS
-from experiments.tables import all_cuts, all_networks, computing_hours
+from experiments.tables import all_cuts, all_networks, computing_hours, markdown, summary, worded
 from legr.files import UserError, write_text
 
 FOLDED = """
@@ -61,7 +61,9 @@ def build(experiments: list[Experiment], out: Path) -> None:
     answers, first = claims.claims(experiments), experiments[0]
     titles = {exp.name: exp.title for exp in experiments}
     write_text(out / "claims.csv", answers.to_csv(index=False))
-    write_text(out / "claims.md", claims.markdown(answers, titles, f"results/{first.scale}"))
+    write_text(out / "claims.md", markdown(claims.linked(answers, titles, f"results/{first.scale}")))
+    numbers = [f"## {exp.title}\n\n{markdown(worded(summary(all_networks(exp))))}" for exp in experiments]
+    write_text(out / "results.md", "\n".join(numbers))
     hours = pd.DataFrame([computing_hours(exp) for exp in experiments])
     hours.to_csv(out / "compute.csv", index_label="experiment", float_format="%.4g")
     panels = [(exp.title, all_networks(exp), exp.dense) for exp in experiments]

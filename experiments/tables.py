@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import legr
 from experiments.config import Experiment
+from experiments.figures import interval
 from experiments.latency import measure
 from experiments.methods import METHODS
 from legr import models
@@ -26,6 +27,30 @@ def all_networks(exp: Experiment) -> pd.DataFrame:
     what = "record of a pruned network (the set stage makes it)"
     rows = [read_json(exp.path(f"sets/{method}/{target}-{trial}.json"), what) for method, target, trial in names]
     return pd.DataFrame(rows).drop(columns=["key", "files", "widths"], errors="ignore")
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracy in percent of each method at each target, means over trials; `interval`: half of the 95% one."""
+    groups = table.groupby(["target", "method"], sort=False)
+    means = 100 * groups[["accuracy_before", "accuracy_recalibrated", "accuracy", "accuracy_float32"]].mean()
+    means.insert(0, "mflops", groups.flops.mean() / 1e6)
+    return means.assign(interval=100 * groups.accuracy.agg(interval), trials=groups.size())
+
+
+def worded(summary: pd.DataFrame) -> pd.DataFrame:
+    """A summary with column names and labels for reading."""
+    names = {"mflops": "MFLOPs", "accuracy_before": "as pruned", "accuracy_recalibrated": "recalibrated"}
+    names |= {"accuracy": "fine-tuned", "accuracy_float32": "in float32", "interval": "± 95%"}
+    shown = summary.round(2).astype(object).fillna("–").rename(columns=names)
+    labels = pd.MultiIndex.from_tuples([(f"{t:.0%}", METHODS[m].label) for t, m in shown.index])
+    return shown.set_index(labels.set_names(["FLOPs left", "method"]))
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table with its index as columns."""
+    rows = frame.reset_index()
+    lines = [rows.columns, ["---"] * rows.shape[1], *rows.astype(str).to_numpy()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def all_cuts(exp: Experiment) -> pd.DataFrame:

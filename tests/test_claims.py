@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import claims
+from experiments import claims, tables
 from legr.files import write_json
 
 
@@ -112,7 +112,8 @@ def test_the_rest(experiment):
 
 
 def test_the_table_of_the_readme_leads_to_the_notebooks(experiment):
-    table = claims.markdown(claims.claims([experiment()]), {"one": "ResNet-56 on CIFAR-10"}, "results/laptop")
-    first, rule, *rows = table.splitlines()
+    table = claims.linked(claims.claims([experiment()]), {"one": "ResNet-56 on CIFAR-10"}, "results/laptop")
+    assert table.index[0][0] == claims.CLAIMS[0][0]
+    first, rule, *rows = tables.markdown(table).splitlines()
     assert first == "| claim | paper | ResNet-56 on CIFAR-10 |" and rule == "| --- | --- | --- |"
     assert len(rows) == 9 and "(results/laptop/one/compare/notebook.ipynb)" in rows[0]
