@@ -84,7 +84,7 @@ def build(experiments: list[Experiment], out: Path) -> None:
         places=places,
         hours=hours.assign(total=hours.sum(axis=1)).round(2),
         hardware=f"{first.dense['hardware']}, {first.dense['precision']}, PyTorch {first.dense['torch']}",
-        pictures={name: base64.b64encode((out / f"{name}.svg").read_bytes()).decode() for name in ("hero", "idea")},
+        pictures={name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in ("hero", "idea")},
         cuts=json.dumps({exp.name: _cuts(exp) for exp in experiments}, separators=(",", ":")),
         chapters=chapters,
     )

@@ -34,7 +34,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     groups = table.groupby(["target", "method"], sort=False)
     means = 100 * groups[["accuracy_before", "accuracy_recalibrated", "accuracy", "accuracy_float32"]].mean()
     means.insert(0, "mflops", groups.flops.mean() / 1e6)
-    return means.assign(interval=100 * groups.accuracy.agg(interval), trials=groups.size())
+    means = means.assign(interval=100 * groups.accuracy.agg(interval), trials=groups.size())
+    return means.sort_index(level="target", ascending=False, sort_remaining=False, kind="stable")
 
 
 def worded(summary: pd.DataFrame) -> pd.DataFrame:
