@@ -170,7 +170,8 @@ def accuracy_is_kept(exp: Experiment) -> Answer:
     papers = known.get(exp.settings.data.name, {})
     good = [row.mean + row.half >= papers[row.Index] for row in found.itertuples() if row.Index in papers]
     epochs = exp.settings.finetune.recipe.epochs
-    return _all_or_some(good) if good else "untested", f"points, after {epochs} epochs: {_points(found)}"
+    tested = good and found.half.notna().all()
+    return _all_or_some(good) if tested else "untested", f"points, after {epochs} epochs: {_points(found)}"
 
 
 def a_set_is_cheap(exp: Experiment) -> Answer:
