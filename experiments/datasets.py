@@ -31,7 +31,7 @@ class DataSettings(BaseModel):
     channels: Literal[1, 3] = 3  # 1: grey
     normalization: Normalization = Normalization()  # of the network's inputs: imagenet, none, raw, or mean and std
     holdout: PositiveInt  # training images kept from the dense network, on which the search judges
-    folder: str | None = None  # has train/<class>/ and test/<class>/ (or val/<class>/)
+    folder: str | None = None  # has train/<class>/ and test/<class>/ (or val/, valid/)
     stream: bool = False  # decode in every epoch instead of once into memory
     seed: NonNegativeInt = 0  # of the held-out images
     augmentation: Augmentation = Augmentation()
@@ -125,12 +125,12 @@ def imagenet(settings: DataSettings, downloads: Path) -> Read:
 
 
 def folder(settings: DataSettings, _: Path | None = None) -> Read:
-    """train/<class>/ and test/<class>/ (or val/<class>/): decoded into memory, or listed to be streamed."""
+    """train/<class>/ and test/<class>/ (or val/, valid/): decoded into memory, or listed to be streamed."""
     given = _folder_of(settings)
     if not given:
         raise UserError(f"data.folder is missing; data.name {settings.name!r} needs a folder with train/<class>/")
     root = Path(given).expanduser()
-    splits = [root / "train", next((root / s for s in ("test", "val") if (root / s).is_dir()), root / "test")]
+    splits = [root / "train", next((root / s for s in ("test", "val", "valid") if (root / s).is_dir()), root / "test")]
     parts = []
     for split in splits:
         try:

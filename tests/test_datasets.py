@@ -60,11 +60,13 @@ def test_digits_need_no_download_and_are_the_same_each_time(tmp_path):
     assert load(tmp_path / "b", settings).digest() == data.digest()
 
 
-def test_a_folder_has_its_classes_in_order_and_images_keep_their_proportions(tmp_path):
+@pytest.mark.parametrize("split", ["val", "valid", "test"])
+def test_a_folder_has_its_classes_in_order_and_images_keep_their_proportions(tmp_path, split):
     root = plant(tmp_path / "own", ["owl", "ant"])
     wide = Image.new("RGB", (90, 30), "white")
     wide.paste("black", (30, 0, 60, 30))
     wide.save(root / "val/ant/ant_0.png")
+    (root / "val").rename(root / split)
     data = prepared(root, tmp_path / "out", holdout=4, resolution=30)
     assert data.classes == ["ant", "owl"] and data.train.labels.bincount().tolist() == [10, 10]
     assert (len(data.fit), len(data.holdout), len(data.test)) == (16, 4, 7)
