@@ -5,6 +5,8 @@ import hashlib
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,6 +134,18 @@ def override(values: dict[str, Any], dotted: str, value: Any) -> None:
     functools.reduce(lambda section, key: section.setdefault(key, {}), path, values)[last] = value
 
 
+@contextmanager
+def in_one_sentence(file: str = "", *within: str) -> Iterator[None]:
+    """Settings that are refused are a UserError: the first one's dotted name, its value and what is allowed."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, problem = ".".join([*within, *map(str, first["loc"])]), first["msg"].removeprefix("Value error, ")
+        shown = where if isinstance(first["input"], dict) else f"{where} is {first['input']!r}"
+        raise UserError(f"{file}{f'{shown}: ' * bool(shown)}{problem[0].lower()}{problem[1:]}") from None
+
+
 def find_root() -> Path:
     here = Path.cwd()
     root = next((p for p in (here, *here.parents) if (p / "params.yaml").is_file()), None)
@@ -163,13 +177,8 @@ def read_settings(
         except (AttributeError, TypeError):
             what = "it must name settings of sections, such as 'finetune.recipe.lr'"
             raise UserError(f"overrides has {dotted!r}; {what}") from None
-    try:
+    with in_one_sentence("params.yaml: ", scale, name):
         settings = Settings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where, problem = ".".join([scale, name, *map(str, first["loc"])]), first["msg"].removeprefix("Value error, ")
-        shown = "" if isinstance(first["input"], dict) else f" is {first['input']!r}"
-        raise UserError(f"params.yaml: {where}{shown}: {problem[0].lower()}{problem[1:]}") from None
     if settings.model not in models.MODELS:
         raise UserError(f"{scale}.{name}.model is {settings.model!r}; it must be one of {', '.join(models.MODELS)}")
     for method in [*methods, *settings.rankings]:
