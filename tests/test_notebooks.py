@@ -1,4 +1,4 @@
-"""The notebook that is no stage's: your_model.ipynb, on tiny parameters."""
+"""The notebook that is no stage's: your_model.ipynb, on tiny parameters, and with mistakes in them."""
 
 import itertools
 import json
@@ -8,39 +8,118 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from nbclient import NotebookClient
+from PIL import Image
 
+import legr
 from tests.conftest import PROJECT
 
+PATH = PROJECT / "notebooks/your_model.ipynb"
 
-def run(path, parameters):
-    """Execute a notebook with other parameters, in its folder."""
-    content = nbformat.read(path, as_version=4)
+
+def code(parameters):
+    """The notebook with other parameters, and its code cells."""
+    content = nbformat.read(PATH, as_version=4)
     (cell,) = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
-    assert all(f"{name}" in cell.source for name in parameters)
+    assert all(f"\n{name} = " in f"\n{cell.source}" for name in parameters)
     cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    NotebookClient(content, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
-    return content
+    return content, [cell for cell in content.cells if cell.cell_type == "code"]
+
+
+def run(parameters):
+    """Execute it in its folder; the tables and the text that it shows."""
+    content, cells = code(parameters)
+    NotebookClient(content, timeout=600, resources={"metadata": {"path": str(PATH.parent)}}).execute()
+    outputs = [output for cell in cells for output in cell.outputs]
+    pages = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    text = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    return [as_table(page) for page in pages], text
+
+
+def as_table(page):
+    rows = [[c.get_text() for c in row.find_all(["th", "td"])] for row in BeautifulSoup(page, "html.parser")("tr")]
+    columns, body = rows[0][1:], [row for row in rows[1:] if any(row[1:])]  # without the row that names the index
+    return pd.DataFrame([row[1:] for row in body], [row[0] for row in body], columns)
 
 
 @pytest.mark.slow
-def test_your_model_leaves_a_set_of_networks(tmp_path):
-    fast = {"epochs": 1, "finetune_epochs": 1, "evaluations": 4, "targets": [0.6, 0.3], "folder": str(tmp_path)}
+def test_your_model_compares_three_methods_and_leaves_networks_that_load_elsewhere(tmp_path):
+    fast = {"epochs": 1, "finetune_epochs": 1, "evaluations": 4, "targets": [0.3, 0.6], "folder": str(tmp_path)}
     fast |= {"normalization": "none", "resolution": [32, 24]}
-    executed = run(PROJECT / "notebooks/your_model.ipynb", fast)
-    names = {f"resnet18-{size}.{s}" for size in ("dense", "60%", "30%") for s in ("safetensors", "json", "onnx")}
-    assert names <= {path.name for path in tmp_path.iterdir()}
-    notes = [json.loads((tmp_path / f"resnet18-{size}.json").read_text()) for size in ("dense", "60%", "30%")]
+    (table, loaded, times), said = run(fast)
+    methods = {"legr": "LeGR (our fitness)", "norm": "norm-only", "uniform": "uniform"}
+    expected = {"dense": "dense"} | {f"{m}-{t}": methods[m] for t in (0.6, 0.3) for m in methods}
+    assert table.method.to_dict() == expected
+    flops = table.MFLOPs.astype(float)
+    assert (flops[1:4] / flops["dense"]).between(0.5, 0.6).all() and (flops[4:] / flops["dense"] < 0.3).all()
+    after = table["after (%)"].astype(float)
+    bounds = table["95% interval"].str.split(" to ", expand=True).astype(float)
+    assert (bounds[0] <= after).all() and (after <= bounds[1]).all()
+    assert table.loc["dense", "before (%)"] == "–" and table["before (%)"][1:].astype(float).between(0, 100).all()
+    exact = 100 * pd.read_csv(tmp_path / "networks.csv", index_col="network").accuracy
+    for t in (0.6, 0.3):
+        norm, uniform = (exact[f"legr-{t}"] - exact[f"{m}-{t}"] for m in ("norm", "uniform"))
+        assert f"{100 * t:g}% FLOPs: LeGR − norm-only {norm:+.1f}, LeGR − uniform {uniform:+.1f}" in said
+    assert "One trial, 599 test images: less than" in said
+
+    svg = (tmp_path / "accuracy.svg").read_text()
+    assert all(f"<!-- {word} -->" in svg for word in ("dense", *methods.values()))
+    assert "998 training and 599 test images" in svg.replace("\n", " ")
+    assert set(pd.read_csv(tmp_path / "accuracy.csv").method) == {"legr-ours", "norm", "uniform"}
+    with Image.open(tmp_path / "accuracy.png") as image:
+        assert image.width > 1000
+    assert list(times.index[:2]) == ["training, dense", "search"] and len(times) == 6
+    *parts, everything = times.seconds.astype(float)
+    assert min(parts) > 0 and sum(parts) < everything
+
+    networks = ["dense", "legr-0.6", "legr-0.3"]
+    assert list(loaded.index) == networks
+    assert (loaded["load.py"].astype(float) < 1e-4).all() and (loaded["ONNX Runtime"].astype(float) < 1e-3).all()
+    files = {f"{name}.{suffix}" for name in networks for suffix in ("safetensors", "json", "onnx")}
+    assert files | {"load.py", "check.safetensors"} == {path.name for path in (tmp_path / "networks").iterdir()}
+    notes = [json.loads((tmp_path / "networks" / f"{name}.json").read_text()) for name in networks]
     for large, small in itertools.pairwise(notes):
         assert all(small["widths"][layer] <= width for layer, width in large["widths"].items())
     assert (notes[2]["inputs"], notes[2]["normalization"]) == ([3, 32, 24], {"mean": [0], "std": [1]})
-    page = executed.cells[-1].outputs[-1].data["text/html"]
-    cells = [[c.get_text() for c in row.find_all(["th", "td"])] for row in BeautifulSoup(page, "html.parser")("tr")]
-    table = pd.DataFrame([row[1:] for row in cells[2:]], columns=cells[0][1:]).astype(float)
-    assert len(table) == 3 and (table["difference, read back"] < 1e-4).all()
-    assert (table["difference, ONNX"] < 1e-3).all()
-    assert (table.MFLOPs[1:] / table.MFLOPs[0] < [0.6, 0.3]).all()
+    assert len(legr.Ranking.load(tmp_path / "ranking.json").scale) == len(notes[0]["widths"])
 
-    again = run(
-        PROJECT / "notebooks/your_model.ipynb", fast | {"checkpoint": str(tmp_path / "resnet18-dense.safetensors")}
-    )
-    assert page.split("<td>")[2] == again.cells[-1].outputs[-1].data["text/html"].split("<td>")[2]  # the accuracy
+    less = {"checkpoint": str(tmp_path / "networks/dense.safetensors"), "targets": [0.5], "folder": str(tmp_path / "2")}
+    (again, _, times), _ = run(fast | less)
+    assert again.loc["dense", "after (%)"] == table.loc["dense", "after (%)"]
+    assert times.index[0] == "search"
+
+
+MISTAKES = {
+    "too many held out": ({"holdout": 600}, r"^holdout is 600; it must be at most 599, half of the training images"),
+    "no such folder": ({"images_folder": "nowhere"}, r"^data folder nowhere/train can't be used"),
+    "no such normalization": ({"normalization": "cifar"}, "^normalization is 'cifar': it must be imagenet, none, raw"),
+    "no epochs": ({"finetune_epochs": 0}, "^epochs is 0: input should be greater than 0"),
+    "no evaluations": ({"evaluations": 0}, r"^targets and evaluations: search.* is 0: input should be greater than 0"),
+    "no targets": ({"targets": []}, r"^targets and evaluations: flops is \[\]: tuple should have at least 1 item"),
+    "percent": (
+        {"targets": [70]},
+        r"^targets and evaluations: flops\.0 is 70: input should be less than or equal to 1",
+    ),
+    "no such device": ({"device": "tpu"}, "^device is 'tpu'; this machine can't use it"),
+    "no such network": ({"architecture": "resnet19"}, "^architecture is 'resnet19', .*Unknown model resnet19"),
+    "too small": ({"targets": [0.5, 0.001]}, r"^flops is 0\.001; the lowest reachable fraction of this network is "),
+    "too small an image": ({"architecture": "alexnet"}, "^example_input of shape .* does not fit the network"),
+    "no checkpoint": ({"checkpoint": "nowhere.pth"}, "^weights file nowhere.pth can't be read"),
+}
+
+
+@pytest.mark.parametrize(("parameters", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_the_parameters_is_one_sentence_before_anything_is_trained(
+    tmp_path, monkeypatch, parameters, message
+):
+    monkeypatch.chdir(tmp_path)
+    _, cells = code({"folder": "out", "resolution": 16} | parameters)
+    scope = {}
+
+    def trained(*_, **__):
+        raise AssertionError
+
+    with pytest.raises(legr.UserError, match=message) as error:
+        for cell in cells[:3]:
+            exec(cell.source, scope)
+            scope["train"] = trained
+    assert "\n" not in str(error.value)
