@@ -40,6 +40,18 @@ def shell(folder, commands):
 
 
 @pytest.mark.slow
+def test_the_commands_for_a_network_of_your_own_work(tmp_path):
+    for name in ("legr", "experiments"):
+        (tmp_path / name).symlink_to(PROJECT / name)
+    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks")
+    make, check = blocks(PROJECT / "docs/library.md", "sh")
+    shell(tmp_path, make)
+    assert "</table>" in (tmp_path / "playground/your_model.ipynb").read_text()
+    told = shell(tmp_path, check).splitlines()
+    assert [line.partition(":")[0] for line in told] == ["dense", "legr-0.4", "legr-0.6"]
+
+
+@pytest.mark.slow
 @pytest.mark.harness
 @pytest.mark.xdist_group("pipeline")
 def test_the_commands_for_tweaking_work(done, tmp_path):
