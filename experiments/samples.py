@@ -1,0 +1,78 @@
+"""Some images of an experiment in one small committed file: enough to judge pruned networks without the data set."""
+
+import io
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from experiments.config import Experiment
+from legr.data import Images
+from legr.files import UserError, atomic
+
+TEST, TRAIN = 500, 256  # images to judge on, and to re-estimate BatchNorm's statistics from
+LIMIT = 5_000_000  # bytes
+QUALITIES = {"lossless": {"lossless": True}} | {f"quality {q}": {"quality": q} for q in (95, 90, 80, 60, 40, 20, 5)}
+
+
+class Samples(NamedTuple):
+    test: Images
+    train: Images  # some of those on which networks are trained
+    quality: str  # a name in QUALITIES
+
+    @property
+    def about(self) -> str:
+        return f"{len(self.test)} test and {len(self.train)} training images (WebP, {self.quality})"
+
+
+def _file(exp: Experiment) -> Path:
+    """Where the explore stage writes them, beside its notebook."""
+    return exp.out / "images.zip" if exp.results == "results" else exp.path("explore/images.zip")
+
+
+def write(exp: Experiment) -> None:
+    """Write images chosen at random by a fixed seed, as pictures: lossless if they fit, else as good as they do."""
+    pictures = {}
+    for part, images, count in (("test", exp.data.test, TEST), ("train", exp.data.fit, TRAIN)):
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+        few = images[chosen].load()
+        in_colour = few.pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # WebP has no grey
+        for i, (pixels, label) in enumerate(zip(in_colour, few.labels.tolist(), strict=True)):
+            pictures[f"{part}/{i:03}-{label}.webp"] = Image.fromarray(pixels)
+    for quality, options in QUALITIES.items():
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.comment = quality.encode()
+            for name, picture in pictures.items():
+                picture.save(content := io.BytesIO(), "WEBP", **options)
+                archive.writestr(zipfile.ZipInfo(name), content.getvalue())  # its date is the same always
+        if file.tell() < LIMIT:
+            break
+    with atomic(_file(exp)) as path:
+        path.write_bytes(file.getvalue())
+
+
+def read(exp: Experiment) -> Samples:
+    """What `write` wrote.
+
+    Raises:
+        UserError: there is no such file, or it can't be read.
+    """
+    path, settings, found = _file(exp), exp.settings.data, {"test": ([], []), "train": ([], [])}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                picture = Image.open(archive.open(name)).convert("RGB" if settings.channels == 3 else "L")
+                pixels, labels = found[name.partition("/")[0]]
+                pixels.append(torch.from_numpy(np.atleast_3d(picture).copy()).permute(2, 0, 1))
+                labels.append(int(Path(name).stem.partition("-")[2]))
+            quality = archive.comment.decode()
+        parts = [[torch.stack(pixels), torch.tensor(labels)] for pixels, labels in found.values()]
+    except FileNotFoundError:
+        raise UserError(f"images {path} do not exist; run the explore stage (dvc repro)") from None
+    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise UserError(f"images {path} can't be read ({error}); run the explore stage (dvc repro)") from None
+    return Samples(*(Images(*part, normalization=settings.normalization) for part in parts), quality)

@@ -1,0 +1,68 @@
+"""The images that are committed: what they are, how large the file is, and what is said of one that can't be used."""
+
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from experiments import samples
+from experiments.config import open_experiment
+from legr.data import Dataset, Images, Normalization
+from legr.files import UserError
+from tests.conftest import NAME
+from tests.test_work import plant
+
+NONE = Normalization.model_validate("none")
+
+
+@pytest.fixture
+def exp(tmp_path):
+    """Of a pipeline's stage, which writes to its own folder."""
+    return open_experiment("demo", NAME, "explore", "results", root=plant(tmp_path))
+
+
+def test_images_come_back_as_they_were_chosen_by_a_fixed_seed(exp):
+    samples.write(exp)
+    file = exp.out / "images.zip"
+    found, first = samples.read(exp), file.read_bytes()
+    for images, every, count in ((found.test, exp.data.test, 500), (found.train, exp.data.fit, 256)):
+        chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:count]
+        assert len(images) == count and images.normalization == every.normalization
+        assert torch.equal(images.pixels, every.pixels[chosen]) and torch.equal(images.labels, every.labels[chosen])
+    assert found.about == "500 test and 256 training images (WebP, lossless)"
+    samples.write(exp)
+    assert file.read_bytes() == first
+
+
+@pytest.mark.parametrize(("channels", "noise"), [(1, 0), (3, 20), (3, 120)])
+def test_photographs_are_lossy_where_the_file_has_no_room_for_them(tmp_path, monkeypatch, channels, noise):
+    """60 images of 128×128 in the room that 60 of 756 have: smooth ones as they are, noisy ones as well as they fit."""
+    monkeypatch.setattr(samples, "LIMIT", samples.LIMIT * 60 // 756)
+    smooth = torch.linspace(0, 255, 128).expand(60, channels, 128, 128)
+    noisy = smooth + noise * torch.randn(smooth.shape, generator=torch.Generator().manual_seed(0))
+    images = Images(noisy.clamp(0, 255).to(torch.uint8), torch.arange(60) % 10, normalization=NONE)
+    data = Dataset("photographs", list("0123456789"), images[:35], torch.arange(15), images[:40])
+    settings = SimpleNamespace(data=SimpleNamespace(channels=channels, normalization=NONE))
+    exp = SimpleNamespace(results="results", out=tmp_path, data=data, settings=settings)
+    samples.write(exp)
+    found = samples.read(exp)
+    assert (tmp_path / "images.zip").stat().st_size < samples.LIMIT
+    assert (len(found.test), len(found.train)) == (40, 20) and found.test.shape == (channels, 128, 128)
+    assert (found.quality == "lossless") == (noise == 0)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    assert noise or torch.equal(found.train.pixels, data.fit.pixels[order])
+    assert torch.equal(found.train.labels, data.fit.labels[order])
+
+
+def test_a_file_that_is_not_there_or_not_whole_is_one_sentence(exp):
+    with pytest.raises(UserError, match=r"^images .*images\.zip do not exist; run the explore stage"):
+        samples.read(exp)
+    file = exp.out / "images.zip"
+    file.write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"images\.zip can't be read \(.*\); run the explore stage"):
+        samples.read(exp)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("test/000-3.webp", b"no picture")
+    with pytest.raises(UserError, match=r"images\.zip can't be read"):
+        samples.read(exp)
