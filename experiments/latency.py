@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from legr.training import Compute
 
@@ -26,6 +25,8 @@ def measure(
     Returns:
         Columns network, batch, latency_ms (median), low_ms and high_ms (quartiles).
     """
+    from torch.utils.benchmark import Timer  # here, because it looks for CUDA's compiler, and warns of a lack
+
     rows = []
     for batch in batches:
         inputs = torch.randn(batch, *shape).to(compute.device, memory_format=torch.channels_last)
