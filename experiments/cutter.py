@@ -1,0 +1,193 @@
+"""What an experiment's rankings keep at any FLOP count, as they are or tilted: networks to judge at once, and to save.
+
+It needs committed results, with some images among them (samples.py); no data set, no training.
+"""
+
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+import legr
+from experiments import samples
+from experiments.config import Experiment
+from experiments.tables import all_cuts
+from legr import models
+from legr.files import UserError, atomic, digest, write_json
+from legr.search import norm_deviations
+from legr.training import recalibrate
+
+RECALIBRATED, TUNED = "accuracy, BatchNorm recalibrated (%)", "accuracy, fine-tuned (%)"
+
+
+class Tilt(NamedTuple):
+    """A layer's Eq. 1, changed: α is multiplied by `scale`, and κ moved by `shift` deviations of the layer's norms."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+Tilts = Mapping[int, Tilt]  # by layer, counted from 0
+
+
+class Cut(NamedTuple):
+    """What a method keeps at one FLOP count: masks and widths per layer, and numbers for display."""
+
+    method: str
+    target: float
+    ranking: legr.Ranking | None  # with its tilts; uniform has none
+    kept: list[Tensor]
+    widths: list[int]
+    numbers: dict[str, float]  # latency and accuracy lie between measured ones; NaN where nothing was measured
+
+
+class Cutter:
+    """The networks that an experiment's methods cut.
+
+    Raises:
+        UserError: results are missing.
+    """
+
+    def __init__(self, exp: Experiment):
+        self.exp, self.graph, self._judged = exp, exp.graph, {}
+        try:
+            self.cuts = all_cuts(exp)
+            self.table, self.times = (pd.read_csv(exp.path(f"compare/{name}.csv")) for name in ("tradeoff", "latency"))
+        except FileNotFoundError as error:
+            raise UserError(f"results file {error.filename} does not exist; run the pipeline (dvc repro)") from None
+        self.curves = {method: self._curves(method) for method in exp.methods}
+        self.lowest = float(self.cuts.share.min())  # of all FLOPs; there the methods' curves begin
+
+    def _curves(self, method: str) -> dict[str, pd.Series]:
+        """What was measured of a method's networks, over their FLOPs."""
+        times, cuts, table = (part[part.method.isin([method, "dense"])] for part in (self.times, self.cuts, self.table))
+        batch, tuned = times.batch.max(), table.groupby("flops").accuracy.mean()
+        tuned[self.graph.flops()] = self.exp.dense["accuracy"]
+        return {
+            f"latency, batch {batch} (ms)": times[times.batch == batch].groupby("flops").latency_ms.mean(),
+            RECALIBRATED: 100 * cuts.groupby("flops").accuracy_recalibrated.mean(),
+            TUNED: 100 * tuned,
+        }
+
+    def ranking(self, method: str, tilts: Tilts) -> legr.Ranking | None:
+        """A method's ranking in the first trial, tilted; None for uniform, which has none."""
+        if method not in self.exp.methods:
+            raise UserError(f"method is {method!r}; it must be one of {', '.join(self.exp.methods)}")
+        if method == "uniform":
+            if tilts:
+                raise UserError(f"tilts has {len(tilts)} layers; it must be empty, for uniform has no α and κ to tilt")
+            return None
+        norms = self.exp.norms
+        ranking = self.exp.ranking(method, 0) or legr.Ranking.norm_only(len(norms))
+        alpha, kappa, deviations = list(ranking.scale), list(ranking.shift), norm_deviations(norms)
+        for layer, (scale, shift) in tilts.items():
+            if layer not in range(len(norms)):
+                raise UserError(f"tilts has layer {layer!r}; it must be a number from 0 to {len(norms) - 1}")
+            alpha[layer] *= scale
+            kappa[layer] += shift * deviations[layer]
+        return legr.Ranking(tuple(alpha), tuple(kappa))
+
+    def cut(self, method: str, target: float, tilts: Tilts | None = None) -> Cut:
+        """What a method keeps at the fraction `target` of the FLOPs, by its ranking with `tilts` added.
+
+        Raises:
+            UserError: so few FLOPs can't be reached, or there is no such method or layer.
+        """
+        ranking, graph, floor = self.ranking(method, tilts or {}), self.graph, self.exp.settings.floor
+        if ranking is None:
+            kept = legr.select_uniform(graph, self.exp.norms, target, floor=floor)
+        else:
+            kept = legr.select(graph, ranking.scores(self.exp.norms), target, floor=floor)
+        flops = graph.flops(kept)
+        numbers = {"MFLOPs": flops / 1e6, "FLOPs / dense (%)": 100 * flops / graph.flops()}
+        numbers["parameters (thousands)"] = graph.params(kept) / 1e3
+        for name, curve in self.curves[method].items():
+            numbers[name] = np.interp(flops, curve.index, curve, left=np.nan, right=np.nan)
+        if tilts:
+            numbers |= {RECALIBRATED: np.nan, TUNED: np.nan}  # measured of the ranking as it is
+        return Cut(method, target, ranking, kept, [int(mask.sum()) for mask in kept], numbers)
+
+    @functools.cached_property
+    def samples(self) -> samples.Samples:
+        """The images to judge on, on the device."""
+        found, device = samples.read(self.exp), self.exp.compute.device
+        return found._replace(test=found.test.to(device), train=found.train.to(device))
+
+    def network(self, kept: list[Tensor]) -> nn.Module:
+        """A pruned network with BatchNorm's statistics re-estimated from the sample's training images; not trained."""
+        small = legr.prune(self.exp.model, self.graph, kept).to(self.exp.compute.device)
+        small.to(memory_format=torch.channels_last)
+        recalibrate(small, self.samples.train, self.exp.compute)
+        return small
+
+    def judge(self, kept: list[Tensor]) -> Tensor:
+        """Which of the sample's test images the `network` gets right, bool [N]; remembered."""
+        deque(self.judging(kept), maxlen=0)
+        return self.judged(kept)
+
+    def judged(self, kept: list[Tensor]) -> Tensor | None:
+        """What `judge` found; None if it was not asked."""
+        return self._judged.get(_key(kept))
+
+    def judging(self, kept: list[Tensor]) -> Iterator[None]:
+        """`judge` in short steps, between which something else can be done."""
+        if self.judged(kept) is not None:
+            return
+        small, size, found = self.network(kept), 64, []
+
+        def right(start: int) -> Tensor:
+            ((inputs, labels),) = self.samples.test[start : start + size].batches(size)
+            with torch.inference_mode(), self.exp.compute.autocast():
+                return (small(inputs).argmax(1) == labels).cpu()
+
+        threads = torch.get_num_threads()
+        try:  # as legr.training.evaluate: small operations keep several cores busier than split up between them
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for part in pool.map(right, range(0, len(self.samples.test), size)):
+                    found.append(part)
+                    yield
+        finally:
+            torch.set_num_threads(threads)
+        self._judged[_key(kept)] = torch.cat(found)
+
+    def save(self, cut: Cut) -> list[str]:
+        """Write the `network` of a cut as safetensors, JSON and ONNX below playground/saved; returns the three paths.
+
+        Weights are `models.halved` before the ONNX file is made too: both files hold the same network.
+        """
+        exp, settings = self.exp, self.exp.settings
+        about = {"scale": exp.scale, "experiment": exp.name, "model": settings.model, "method": cut.method}
+        about |= {"target": cut.target, "floor": settings.floor, "ranking": cut.ranking and vars(cut.ranking)}
+        about["widths"] = {layer.name: width for layer, width in zip(self.graph.layers, cut.widths, strict=True)}
+        about |= {"flops": self.graph.flops(cut.kept), "params": self.graph.params(cut.kept)}
+        about |= {"inputs": settings.data.shape, "normalization": settings.data.normalization.model_dump()}
+        about["training"] = f"none; BatchNorm re-estimated from {len(self.samples.train)} training images"
+        small = self.network(cut.kept).cpu().to(memory_format=torch.contiguous_format)
+        small.load_state_dict(models.halved(small.state_dict()))
+        inputs = next(self.samples.test[:2].batches(2))[0].cpu().contiguous()
+        stem = f"playground/saved/{exp.scale}-{exp.name}-{cut.method}-{cut.target:.0%}-{digest(about)[:6]}"
+        names = [f"{stem}.{suffix}" for suffix in ("safetensors", "json", "onnx")]
+        with contextlib.ExitStack() as files:  # all three or none
+            weights, note, onnx = (files.enter_context(atomic(exp.root / name)) for name in names)
+            models.save_weights(small, weights)
+            write_json(note, about)
+            batch = ({0: torch.export.Dim("batch")},)
+            torch.onnx.export(small, (inputs,), onnx, dynamic_shapes=batch, external_data=False, verbose=False)
+        return names
+
+
+def _key(kept: list[Tensor]) -> bytes:
+    return torch.cat(kept).numpy().tobytes()
+
+
+def paired(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """How much more of the same images is right `after`, as a fraction, and half of its 95% interval."""
+    change = after.double() - before.double()
+    return change.mean().item(), 1.96 * change.std().item() / len(change) ** 0.5
