@@ -1,126 +1,267 @@
-"""A learned ranking as an instrument for JupyterLab: move the FLOP count or tilt a layer, and see what is kept.
+"""Rankings as an instrument for JupyterLab: move the FLOP count, tilt layers, see what is kept and how good it is."""
 
-It needs the committed results only: no images, no training. Images are read when a network is evaluated.
-"""
-
+import asyncio
 import base64
 import io
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ipywidgets as widgets
-import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
 
-import legr
-from experiments.config import Experiment
-from experiments.figures import LABELS, bars
-from experiments.work import recalibrated_accuracy
+from experiments.config import Experiment, open_experiment
+from experiments.cutter import RECALIBRATED, Cutter, Tilt, Tilts, paired
+from experiments.figures import COLORS, LABELS, MARKERS, bars
+from experiments.methods import DENSE
 from legr.files import UserError
-from legr.search import norm_deviations
 
-ACCURACY = "accuracy, fine-tuned (%)"
-
-
-class Cut(NamedTuple):
-    """What a ranking keeps at one FLOP count: masks and widths per layer, and numbers for display."""
-
-    kept: list[Tensor]
-    widths: list[int]
-    numbers: dict[str, float]  # latency and accuracy lie between measured ones; NaN where nothing was measured
+REST = 0.4  # seconds without a change after which the network is judged
+WIDTH, DENSITY = 960, 2  # pixels of the picture where it is shown, and how many of its own there are for each
 
 
 class Explorer(widgets.VBox):
-    """Sliders and a button over one method's ranking; display it as the last line of a cell. `cut` is the arithmetic.
+    """Controls and a picture over an experiment's `cutter`; display it as the last line of a cell.
+
+    Tilts of several layers add up. When no control moves, the network is judged on the sample's test images.
+
+    Args:
+        method: whose ranking is shown first.
+        target: the fraction of the FLOPs at which the slider starts; None: in the middle of the experiment's targets.
 
     Raises:
-        UserError: `method` learns no ranking here, or results are missing.
+        UserError: there is no such method, no network was measured at `target`, or results are missing.
     """
 
-    def __init__(self, exp: Experiment, method: str = "legr", target: float = 0.47):
-        if method not in exp.settings.rankings:
-            raise UserError(f"method is {method!r}; it must be one of {', '.join(exp.settings.rankings)}")
-        self.exp, self.method, self.graph, self.learned = exp, method, exp.graph, exp.ranking(method, 0)
+    def __init__(self, exp: Experiment, method: str = "legr", target: float | None = None):
+        self.cutter, self.tilts, self.history, self.quiet = Cutter(exp), {}, [], False
+        self.task = self.drawn = None
+        self.cutter.ranking(method, {})  # refuses an unknown method
+        target, lowest = target or sorted(exp.settings.targets)[len(exp.settings.targets) // 2], self.cutter.lowest
+        if not lowest <= target <= 1:
+            raise UserError(f"target is {target}; it must be from {lowest} to 1, between which networks were measured")
+        patterns = (f"{folder}/{exp.scale}/*/compare/tradeoff.csv" for folder in ("results", exp.results))
+        names = sorted({path.parts[-3] for pattern in patterns for path in exp.root.glob(pattern)})
+        methods = [(LABELS[name], name) for name in exp.methods]
+        beside = "norm" if "norm" in exp.methods else None
+
+        third, half, whole = ({"layout": widgets.Layout(width=width)} for width in ("32%", "48.5%", "98%"))
+        self.experiment = widgets.Dropdown(options=names, value=exp.name, description="experiment", **third)
+        self.method = widgets.Dropdown(options=methods, value=method, description="method", **third)
+        choices = [("nothing", None), *methods]
+        self.beside = widgets.Dropdown(options=choices, value=beside, description="beside it", **third)
+        self.target = widgets.FloatSlider(target, min=lowest, max=1, step=0.01, description="FLOPs left", **whole)
+        self.target.readout_format = ".0%"
+        self.layer = widgets.Dropdown(description="tilt layer", **third)
+        half["continuous_update"] = False  # a tilt is one change, which can be undone, when the mouse lets go
+        self.scale = widgets.FloatLogSlider(1, min=-1, max=1, step=0.05, description="its α ×", **half)
+        self.shift = widgets.FloatSlider(0, min=-3, max=3, step=0.1, description="its κ + s ×", **half)
+        buttons = ("undo", "reset tilts", "save network")
+        self.undo, self.reset, self.save = (widgets.Button(description=text) for text in buttons)
+        self.image = widgets.Image(layout=widgets.Layout(width=f"{WIDTH}px", max_width="100%"))
+        self.changes, self.numbers, self.verdict, self.saved = (widgets.HTML() for _ in range(4))
+        rows = (
+            [self.experiment, self.method, self.beside], [self.target], [self.layer, self.undo, self.reset],
+            [self.scale, self.shift], [self.changes], [self.image], [self.numbers], [self.verdict],
+            [self.save, self.saved],
+        )  # fmt: skip
+        super().__init__([widgets.HBox(row) for row in rows])
+
+        self._set_layers()
+        self.experiment.observe(self._open, "value")
+        for control in (self.method, self.beside, self.target):
+            control.observe(self._change, "value")
+        self.layer.observe(self._set_sliders, "value")
+        for control in (self.scale, self.shift):
+            control.observe(self._tilt, "value")
+        self.undo.on_click(lambda _: self._set_tilts(self.history.pop(), undo=True))
+        self.reset.on_click(lambda _: self._set_tilts({}))
+        self.save.on_click(self._save)
+        self._cut()
+        deque(self._judging(), maxlen=0)
+
+    # What the reader does --------------------------------------------------------------------
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """While it lasts, controls are set by the code, which is no change of the reader's."""
+        self.quiet = True
         try:
-            table, times = (pd.read_csv(exp.path(f"compare/{name}.csv")) for name in ("tradeoff", "latency"))
-        except FileNotFoundError as error:
-            raise UserError(f"results file {error.filename} does not exist; run the pipeline (dvc repro)") from None
-        batch = times.batch.max()
-        times = times[times.method.isin([method, "dense"]) & (times.batch == batch)].groupby("flops").latency_ms.mean()
-        accuracy = 100 * table[table.method == method].groupby("flops").accuracy.mean()
-        accuracy[self.graph.flops()] = 100 * exp.dense["accuracy"]
-        self.measured = {f"latency, batch {batch} (ms)": times, ACCURACY: accuracy}
+            yield
+        finally:
+            self.quiet = False
 
-        wide = widgets.Layout(width="98%")
-        layers = [(f"{i}: {layer.name} ({layer.width})", i - 1) for i, layer in enumerate(self.graph.layers, 1)]
-        self.target = widgets.FloatSlider(target, min=0.1, max=1, step=0.01, description="FLOPs left", layout=wide)
-        self.layer = widgets.Dropdown(options=layers, description="tilt layer")
-        self.scale = widgets.FloatLogSlider(1, min=-1, max=1, step=0.05, description="its α ×")
-        self.shift = widgets.FloatSlider(0, min=-3, max=3, step=0.1, description="its κ + s ×")
-        self.image, self.numbers = widgets.Image(layout=wide), widgets.HTML()
-        self.button, self.result = widgets.Button(description="Prune and evaluate"), widgets.HTML()
-        tilt, actions = (self.layer, self.scale, self.shift), (self.button, self.result)
-        super().__init__([self.target, widgets.HBox(tilt), self.image, self.numbers, widgets.HBox(actions)])
-        for control in (self.target, *tilt):
-            control.observe(self._show, "value")
-        self.button.on_click(self._evaluate)
-        self._show()
-
-    def cut(self, target: float, layer: int = 0, scale: float = 1.0, shift: float = 0.0) -> Cut:
-        """Cut to the fraction `target` of the FLOPs by the learned ranking, tilted or as it is.
-
-        Args:
-            layer: counted from 0: its α is multiplied by `scale`, its κ moved by `shift` deviations of its norms.
-
-        Raises:
-            UserError: so few FLOPs can't be reached.
-        """
-        norms, alpha, kappa = self.exp.norms, list(self.learned.scale), list(self.learned.shift)
-        alpha[layer] *= scale
-        kappa[layer] += shift * norm_deviations(norms)[layer]
-        scores = legr.Ranking(tuple(alpha), tuple(kappa)).scores(norms)
-        kept = legr.select(self.graph, scores, target, floor=self.exp.settings.floor)
-        flops = self.graph.flops(kept)
-        numbers = {"MFLOPs": flops / 1e6, "FLOPs / dense (%)": 100 * flops / self.graph.flops()}
-        numbers["parameters (thousands)"] = self.graph.params(kept) / 1e3
-        for name, curve in self.measured.items():
-            numbers[name] = np.interp(flops, curve.index, curve, left=np.nan, right=np.nan)
-        if (scale, shift) != (1, 0):
-            numbers[ACCURACY] = np.nan  # only networks of the learned ranking were trained
-        return Cut(kept, [int(mask.sum()) for mask in kept], numbers)
-
-    def _show(self, _=None) -> None:
-        """Cut and draw for the controls' values."""
-        self.result.value = ""
-        try:
-            learned = self.cut(self.target.value)
-            self.shown = self.cut(self.target.value, self.layer.value, self.scale.value, self.shift.value)
-        except UserError as error:
-            self.numbers.value, self.button.disabled = f"<b>{error}</b>", True
+    def _open(self, _) -> None:
+        """Go over to another experiment, without tilts; stay where its results are not whole."""
+        exp = self.cutter.exp
+        if self.quiet or self.experiment.value == exp.name:
             return
-        figure = Figure(figsize=(10, 3.1), dpi=80)
-        ax = figure.subplots()
-        bars(ax, self.graph.widths, self.shown.widths, self.method)
-        ax.plot(range(1, len(learned.widths) + 1), learned.widths, "_k", mew=1.5, label="kept by the learned ranking")
-        ax.set_title(f"{LABELS[self.method]} at {self.target.value:.0%}", loc="left")
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi="figure")
-        self.image.value, self.button.disabled = picture.getvalue(), False
+        try:
+            other = open_experiment(exp.scale, self.experiment.value, "explore", exp.results, root=exp.root)
+            self.cutter = Cutter(other)
+        except UserError as error:
+            with self._quietly():
+                self.experiment.value = exp.name
+            self.numbers.value = f"<b>{error}</b>"
+            return
+        self.tilts, self.history = {}, []
+        with self._quietly():
+            self.target.min = self.cutter.lowest
+        self._set_layers()
+        self._change()
+
+    def _set_layers(self) -> None:
+        with self._quietly():
+            layers = enumerate(self.cutter.graph.layers)
+            self.layer.options = [(f"{i + 1}: {layer.name} ({layer.width})", i) for i, layer in layers]
+            self.layer.value = 0
+        self._set_sliders()
+
+    def _set_sliders(self, _=None) -> None:
+        """To the tilt of the layer that is chosen."""
+        with self._quietly():
+            self.scale.value, self.shift.value = self.tilts.get(self.layer.value, Tilt())
+
+    def _tilt(self, _) -> None:
+        if not self.quiet:
+            tilt = Tilt(round(self.scale.value, 4), round(self.shift.value, 4))
+            self._set_tilts(self.tilts | {self.layer.value: tilt})
+
+    def _set_tilts(self, tilts: Tilts, undo: bool = False) -> None:
+        if not undo:
+            self.history.append(self.tilts)
+        self.tilts = {layer: tilt for layer, tilt in sorted(tilts.items()) if tilt != Tilt()}
+        self._set_sliders()
+        self._change()
+
+    def _change(self, _=None) -> None:
+        """Cut and draw at once; judge when nothing has moved for a while."""
+        if self.quiet:
+            return
+        if self.task:
+            self.task.cancel()
+        if not self._cut():
+            return
+        try:
+            self.task = asyncio.get_running_loop().create_task(self._rest_and_judge())
+        except RuntimeError:  # a script: nothing happens meanwhile
+            deque(self._judging(), maxlen=0)
+
+    async def _rest_and_judge(self) -> None:
+        await asyncio.sleep(REST)
+        for _ in self._judging():
+            await asyncio.sleep(0)  # a change that has come meanwhile is drawn, and ends this
+
+    def _save(self, _) -> None:
+        self.saved.value = "saving …"
+        try:
+            self.saved.value = "saved: " + ", ".join(self.cutter.save(self.shown))
+        except UserError as error:
+            self.saved.value = f"<b>{error}</b>"
+
+    # What the reader sees --------------------------------------------------------------------
+    def _cut(self) -> bool:
+        """Cut for the controls' values and show it; False if there is no such cut, which is said."""
+        cutter, method, target = self.cutter, self.method.value, self.target.value
+        plain, self.saved.value = method == "uniform", ""
+        names = [f"{i + 1} (α × {tilt.scale:.3g}, κ {'−+'[tilt.shift >= 0]} {abs(tilt.shift):.3g} s)"
+                 for i, tilt in self.tilts.items()]  # fmt: skip
+        self.changes.value = "tilted layers: " + (", ".join(names) or "none")
+        if plain:
+            self.changes.value = "uniform has no α and κ to tilt"
+        for control in (self.layer, self.scale, self.shift):
+            control.disabled = plain
+        self.undo.disabled, self.reset.disabled = plain or not self.history, plain or not self.tilts
+        try:
+            self.untilted = self.shown = cutter.cut(method, target)
+            if self.tilts and not plain:
+                self.shown = cutter.cut(method, target, self.tilts)
+                self.changes.value += "; no width changes" * (self.shown.widths == self.untilted.widths)
+            beside = self.beside.value
+            self.other = None if beside in (None, method) else cutter.cut(beside, target)
+        except UserError as error:
+            self.numbers.value, self.verdict.value, self.save.disabled = f"<b>{error}</b>", "", True
+            return False
         numbers = pd.Series(self.shown.numbers).map("{:,.2f}".format).replace("nan", "–")
         self.numbers.value = " · ".join(f"{name}: <b>{number}</b>" for name, number in numbers.items())
+        self.save.disabled = False
+        self._show()
+        return True
 
-    def _evaluate(self, _) -> None:
-        """Test accuracy of the network that is shown, with BatchNorm recalibrated (reads the images)."""
-        self.result.value = "pruning and evaluating …"
+    def _judging(self) -> Iterator[None]:
         try:
-            test = self.exp.data.test.to(self.exp.compute.device)
-            accuracy = recalibrated_accuracy(self.exp, self.shown.kept, test)
-            self.result.value = f"test accuracy, BatchNorm recalibrated, not fine-tuned: <b>{accuracy:.2%}</b>"
+            for cut in (self.untilted, self.shown):
+                yield from self.cutter.judging(cut.kept)
         except UserError as error:
-            self.result.value = str(error)
+            self.verdict.value = f"<b>{error}</b>"
+        else:
+            self._show()
 
-    def _repr_mimebundle_(self, **options) -> dict:
+    def _show(self) -> None:
+        """Draw the cut, and say what is known of its accuracy."""
+        if self.drawn != (now := (self.cutter, self.shown.method)):
+            self.drawn, self.moving = now, []
+            self._draw_what_stays()
+        for artist in self.moving:
+            artist.remove()
+        for bar, width in zip(self.bars, self.shown.widths, strict=True):
+            bar.set_height(width)
+        (left, right), plain = self.figure.axes, self.untilted
+        layers, x, y = range(1, len(plain.widths) + 1), plain.numbers["MFLOPs"], plain.numbers[RECALIBRATED]
+        looks = {"color": COLORS[plain.method], "mec": DENSE, "mew": 1.8, "ms": 11}
+        self.moving = [right.axvline(x, color=DENSE, lw=0.8, alpha=0.4, zorder=0)]
+        label = "shown network" if self.shown is plain else "untilted"
+        self.moving += right.plot(x, y, MARKERS[plain.method], label=label, **looks)
+        if self.other:
+            name, looks = self.other.method, {"mec": "white", "mew": 0.5, "ms": 4.5}
+            self.moving += left.plot(layers, self.other.widths, MARKERS[name], color=COLORS[name],
+                                     label=LABELS[name], **looks)  # fmt: skip
+        if self.shown is not plain:
+            self.moving += left.plot(layers, plain.widths, "_k", mew=1.5, label="untilted")
+        left.set_title(f"{LABELS[plain.method]}: {plain.target:.0%} of the FLOPs", loc="left")
+
+        before, after = (self.cutter.judged(cut.kept) for cut in (plain, self.shown))
+        self.verdict.value = "judging …"
+        if before is not None and after is not None:
+            share, others = after.double().mean().item(), before.double().mean().item()
+            said = f"<b>{share:.1%}</b> ± {1.96 * (share * (1 - share) / len(after)) ** 0.5:.1%}"
+            if self.shown is not plain:
+                more, half = (100 * number for number in paired(before, after))
+                said = f"<b>{share:.1%}</b>, without the tilts {others:.1%}: <b>{more:+.1f} points</b>, 95% interval "
+                said += f"{more - half:+.1f} to {more + half:+.1f} ({(after & ~before).sum()} images became right, "
+                said = f"{said}{(before & ~after).sum()} wrong)".replace("-", "−")
+                at = self.shown.numbers["MFLOPs"], y + more
+                self.moving += [right.errorbar(*at, half, fmt="Xk", ms=9, mec="white", capsize=4, label="tilted")]
+            what = f"on {len(after)} test images, BatchNorm recalibrated, not fine-tuned"
+            self.verdict.value = f"{what}: {said}"
+        right.relim()
+        right.autoscale()
+        for ax, columns in ((left, 4), (right, 2)):
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=columns, fontsize=9, handlelength=1.5)
+        picture = io.BytesIO()
+        FigureCanvasAgg(self.figure).print_png(picture, pil_kwargs={"compress_level": 1})
+        self.image.value = picture.getvalue()
+
+    def _draw_what_stays(self) -> None:
+        """A new figure: a bar for each layer (left); measured accuracy over FLOPs, of all methods (right)."""
+        cutter, method = self.drawn
+        self.figure = Figure(figsize=(WIDTH / 100, 4.4), dpi=100 * DENSITY, layout="none")  # layout engines are slow
+        left, right = self.figure.subplots(1, 2, width_ratios=(4, 3))
+        self.figure.subplots_adjust(left=0.065, right=0.99, bottom=0.35, top=0.93, wspace=0.16)
+        self.bars = bars(left, cutter.graph.widths, cutter.graph.widths, method)
+        for rim, (name, curve) in zip(reversed(range(len(cutter.curves))), cutter.curves.items(), strict=True):
+            tuned = 100 * cutter.table[cutter.table.method == name].groupby("flops").accuracy.mean()
+            looks = {"color": COLORS[name], "lw": 1.5 + rim / 2, "ms": 6 + rim}  # thinner than those under it: all show
+            right.plot(curve[RECALIBRATED].index / 1e6, curve[RECALIBRATED], **looks)
+            right.plot(tuned.index / 1e6, tuned, MARKERS[name], **looks)
+            right.plot([], [], marker=MARKERS[name], label=LABELS[name], **looks)
+        dense = 100 * cutter.exp.dense["accuracy"]
+        right.plot(cutter.graph.flops() / 1e6, dense, "D", color=DENSE, label="dense network")
+        right.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)")
+        right.set_title("curves: as pruned; marks: fine-tuned", loc="left")
+
+    def _repr_mimebundle_(self, **options):
         """The widgets where they can live, and a picture where they can't (a rendered or executed notebook)."""
-        return super()._repr_mimebundle_(**options) | {"image/png": base64.b64encode(self.image.value).decode()}
+        picture = base64.b64encode(self.image.value).decode()
+        return super()._repr_mimebundle_(**options) | {"image/png": picture}, {"image/png": {"width": WIDTH}}

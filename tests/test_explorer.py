@@ -1,88 +1,330 @@
-"""The explorer: its arithmetic on committed results, its controls, and what its picture shows."""
+"""The explorer: its arithmetic, what its controls do, what its picture shows, and what it saves."""
 
+import asyncio
 import io
+import json
 
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
 import torch
+import yaml
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 import legr
+from experiments import explorer as module
+from experiments import samples
 from experiments.config import open_experiment
-from experiments.explorer import ACCURACY, Explorer
-from tests.conftest import NAME, PROJECT
+from experiments.cutter import RECALIBRATED, TUNED, Cutter, Tilt, paired
+from experiments.explorer import Explorer
+from experiments.figures import COLORS
+from legr import models, training
+from legr.files import UserError
+from tests.conftest import NAME, PHOTOS
+from tests.test_work import plant
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a reader would see it under the controls
+SHARES = (1.0, 0.8, 0.6, 0.4)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Two experiments on digits, with results of a shallow network that nothing was trained for. Tests leave them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "resnet8", lambda classes: models.CifarResNet(1, classes))
+        root = plant(tmp_path_factory.mktemp("project"), "resnet8")
+        params = yaml.safe_load((root / "params.yaml").read_text())
+        params["demo"][PHOTOS] = params["demo"][NAME]
+        (root / "params.yaml").write_text(yaml.safe_dump(params))
+        fill(open_experiment("demo", NAME, "explore", "results", root=root))
+        (root / f"results/demo/{PHOTOS}").symlink_to(root / f"results/demo/{NAME}")
+        yield root
+
+
+def fill(exp):
+    """What the stages would leave: a ranking, curves over FLOPs, and images."""
+    random = np.random.default_rng(0)
+    layers = len(exp.graph.layers)
+    ranking = legr.Ranking(tuple(random.uniform(0.5, 2, layers)), tuple(random.uniform(0, 0.1, layers)))
+    ranking.save(exp.path("rankings/legr/ranking-0.json"))
+    rows = []
+    for worse, method in enumerate(exp.methods):
+        flops = [exp.graph.flops(exp.select(method, share)) for share in SHARES]
+        accuracy = np.array([0.9, 0.8, 0.6, 0.3]) - 0.05 * worse
+        table = pd.DataFrame({"share": SHARES, "flops": flops, "accuracy_recalibrated": accuracy})
+        exp.path(f"sets/{method}").mkdir(parents=True)
+        table.to_csv(exp.path(f"sets/{method}/cuts.csv"), index=False)
+        rows.append(table.assign(method=method, accuracy=accuracy + 0.05, batch=4, latency_ms=5 + table.flops / 1e6))
+    measured = pd.concat(rows)[lambda t: t.share.isin([0.8, 0.4])]
+    exp.path("compare").mkdir()
+    measured.to_csv(exp.path("compare/tradeoff.csv"), index=False)
+    dense = pd.DataFrame([{"method": "dense", "batch": 4, "latency_ms": 9.0, "flops": exp.graph.flops()}])
+    pd.concat([measured, dense]).to_csv(exp.path("compare/latency.csv"), index=False)
+    samples.write(exp)
+    exp.path("explore").mkdir()
+    (exp.out / "images.zip").rename(exp.path("explore") / "images.zip")
 
 
 @pytest.fixture
-def explorer():
-    """Over the committed result, without images: what a fresh clone has."""
-    return Explorer(open_experiment("laptop", NAME, "explore", root=PROJECT), "legr-ours")
+def exp(project):
+    return open_experiment("demo", NAME, "explore", root=project)
 
 
-def test_a_cut_counts_what_pruning_builds(explorer):
-    cut = explorer.cut(0.62)
-    small = legr.prune(explorer.exp.model, explorer.graph, cut.kept)
-    assert cut.numbers["parameters (thousands)"] == sum(p.numel() for p in small.parameters()) / 1e3
-    assert cut.numbers["MFLOPs"] == legr.trace(small, torch.zeros(1, 3, 32, 32)).flops() / 1e6
-    assert 61 < cut.numbers["FLOPs / dense (%)"] < 62
-    assert [small.get_submodule(layer.name).out_channels for layer in explorer.graph.layers] == cut.widths
+@pytest.fixture
+def cutter(exp):
+    return Cutter(exp)
 
 
-def test_accuracy_is_read_off_measured_networks_only(explorer):
-    low, middle, high = (explorer.cut(t).numbers for t in (0.47, 0.6, 0.7))
+@pytest.fixture
+def explorer(exp):
+    return Explorer(exp, "legr", 0.6)
+
+
+def test_a_cut_counts_what_pruning_builds(cutter):
+    for method in ("legr", "norm", "uniform"):
+        cut = cutter.cut(method, 0.62)
+        small = legr.prune(cutter.exp.model, cutter.graph, cut.kept)
+        assert all(map(torch.equal, cut.kept, cutter.exp.select(method, 0.62)))
+        assert cut.numbers["parameters (thousands)"] == sum(p.numel() for p in small.parameters()) / 1e3
+        assert cut.numbers["MFLOPs"] == legr.trace(small, cutter.exp.example).flops() / 1e6
+        assert 55 < cut.numbers["FLOPs / dense (%)"] < 62
+        assert [small.get_submodule(layer.name).out_channels for layer in cutter.graph.layers] == cut.widths
+
+
+def test_numbers_are_read_off_measured_networks_only(cutter):
+    low, middle, high = (cutter.cut("norm", share).numbers for share in (0.6, 0.7, 0.8))
     share = (middle["MFLOPs"] - low["MFLOPs"]) / (high["MFLOPs"] - low["MFLOPs"])
-    assert middle[ACCURACY] == pytest.approx(low[ACCURACY] + share * (high[ACCURACY] - low[ACCURACY]))
-    assert explorer.cut(1.0).numbers[ACCURACY] == pytest.approx(100 * explorer.exp.dense["accuracy"])
-    assert sum(map(np.isnan, explorer.cut(0.2).numbers.values())) == 2  # nothing was measured there
-    assert sum(map(np.isnan, explorer.cut(0.47, 30, scale=3.0).numbers.values())) == 1  # the accuracy
+    for name in (RECALIBRATED, TUNED):
+        assert middle[name] == pytest.approx(low[name] + share * (high[name] - low[name]))
+    assert cutter.cut("norm", 1.0).numbers[TUNED] == pytest.approx(100 * cutter.exp.dense["accuracy"])
+    assert sum(map(np.isnan, cutter.cut("norm", 0.35).numbers.values())) == 3  # nothing was measured there
+    assert sum(map(np.isnan, cutter.cut("norm", 0.6, {2: Tilt(3.0)}).numbers.values())) == 2  # the accuracies
 
 
-def dark(explorer):
-    """Pixels of the marks: below title and legend, right of and above the labels."""
-    pixels = np.asarray(Image.open(io.BytesIO(explorer.image.value)).convert("RGB"))[28:200, 60:]
-    return int((pixels.max(2) < 60).sum())
+def test_tilts_of_several_layers_add_up(cutter):
+    tilts, norms = {1: Tilt(10.0, 3.0), 5: Tilt(0.2)}, cutter.exp.norms
+    learned = cutter.exp.ranking("legr", 0)
+    for method, alpha, kappa in (("legr", learned.scale, learned.shift), ("norm", (1.0,) * 7, (0.0,) * 7)):
+        alpha, kappa = list(alpha), list(kappa)
+        alpha[1], alpha[5], kappa[1] = 10 * alpha[1], 0.2 * alpha[5], kappa[1] + 3 * norms[1].double().numpy().std()
+        scores = legr.Ranking(tuple(alpha), tuple(kappa)).scores(norms)
+        expected, found = legr.select(cutter.graph, scores, 0.6, floor=0.1), cutter.cut(method, 0.6, tilts)
+        assert all(map(torch.equal, expected, found.kept))
+        assert found.widths[1] == 16 and found.widths[5] < cutter.cut(method, 0.6).widths[5]
 
 
-def test_tilting_a_layer_moves_widths_and_the_learned_ones_stay_marked(explorer):
-    before, first = explorer.shown.widths, dark(explorer)
-    assert first > 55 * 4  # a mark for each layer
-    layer = min(range(55), key=lambda i: before[i] / explorer.graph.widths[i])
-    explorer.layer.value, explorer.scale.value, explorer.shift.value = layer, 10.0, 3.0
-    after, norms = explorer.shown.widths, explorer.exp.norms
-    assert after[layer] > before[layer] and any(a < b for a, b in zip(after, before, strict=True))  # others pay
-    assert dark(explorer) > 0.8 * first
-    alpha, kappa = list(explorer.learned.scale), list(explorer.learned.shift)
-    alpha[layer], kappa[layer] = 10 * alpha[layer], kappa[layer] + 3 * norms[layer].double().numpy().std()
-    kept = legr.select(explorer.graph, legr.Ranking(tuple(alpha), tuple(kappa)).scores(norms), 0.47, floor=0.1)
-    assert after == [int(mask.sum()) for mask in kept]
+def test_each_layer_has_its_tilt_which_is_undone_and_reset(explorer):
+    def states():
+        return dict(explorer.tilts), (explorer.layer.value, explorer.scale.value, explorer.shift.value)
+
+    before = explorer.shown.widths
+    assert states() == ({}, (0, 1.0, 0.0))
+    assert explorer.undo.disabled and explorer.reset.disabled and explorer.changes.value == "tilted layers: none"
+    explorer.layer.value, explorer.scale.value = 1, 10.0
+    first = explorer.shown.widths
+    assert first[1] > before[1]
+    explorer.layer.value = 5
+    assert states() == ({1: Tilt(10.0)}, (5, 1.0, 0.0)) and explorer.shown.widths == first
+    explorer.shift.value = -2.0
+    assert states()[0] == {1: Tilt(10.0), 5: Tilt(1.0, -2.0)} and explorer.untilted.widths == before
+    assert explorer.changes.value == "tilted layers: 2 (α × 10, κ + 0 s), 6 (α × 1, κ − 2 s)"
+    explorer.layer.value = 1
+    assert explorer.scale.value == 10.0
+    explorer.scale.value = 1.0
+    assert states()[0] == {5: Tilt(1.0, -2.0)}
+    explorer.undo.click()
+    explorer.undo.click()
+    assert states() == ({1: Tilt(10.0)}, (1, 10.0, 0.0)) and explorer.shown.widths == first
+    explorer.reset.click()
+    assert states() == ({}, (1, 1.0, 0.0)) and explorer.shown.widths == before and explorer.reset.disabled
+    explorer.undo.click()
+    assert explorer.shown.widths == first
+    explorer.undo.click()
+    assert explorer.shown.widths == before and explorer.undo.disabled
 
 
-def test_the_controls_redraw_and_say_what_can_not_be_reached(explorer):
-    before, numbers = explorer.image.value, explorer.numbers.value
-    explorer.target.value = 0.3
-    assert explorer.image.value != before and explorer.numbers.value != numbers
-    explorer.target.min = 0.01
-    explorer.target.value = 0.01
-    assert "the lowest reachable fraction" in explorer.numbers.value and explorer.button.disabled
-    explorer.target.value = 0.47
-    assert explorer.numbers.value == numbers and not explorer.button.disabled
-    assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= explorer._repr_mimebundle_().keys()
+def panels(explorer):
+    """Pixels of the bars and of the chart, as the reader sees them: between the titles and the labels below."""
+    pixels = np.asarray(Image.open(io.BytesIO(explorer.image.value)).convert("RGB")) / 255
+    pixels = pixels[70:560]
+    return pixels[:, 130:1040], pixels[:, 1190:]
 
 
-@pytest.mark.xdist_group("pipeline")
-def test_the_button_measures_the_network_that_is_shown_or_says_what_it_needs(done, tmp_path):
-    first, second = (Explorer(open_experiment("demo", NAME, "x", root=done), target=0.5) for _ in range(2))
-    first.button.click()
-    table = pd.read_csv(done / "results/demo" / NAME / "sets/legr/networks.csv")
-    assert f"<b>{table.accuracy_recalibrated[0]:.2%}</b>" in first.result.value
-    first.target.value = 0.6
-    assert first.result.value == ""  # that was of another network
-    images = second.exp.images.rename(tmp_path / "away")
+def count(pixels, color):
+    return int((np.abs(pixels - to_rgb(color)).max(2) < 0.1).sum())
+
+
+def test_marks_of_the_other_method_and_of_the_untilted_ranking_are_visible(explorer):
+    widths, _ = panels(explorer)
+    assert explorer.shown.widths != explorer.other.widths
+    assert count(widths, COLORS["norm"]) > 7 * 30 and count(widths, "black") == 0  # a mark for each layer
+    explorer.layer.value, explorer.scale.value = 1, 10.0
+    widths, _ = panels(explorer)
+    assert count(widths, "black") > 7 * 30 and count(widths, COLORS["norm"]) > 7 * 30
+    explorer.beside.value = "uniform"
+    widths, _ = panels(explorer)
+    assert count(widths, COLORS["norm"]) == 0 and count(widths, COLORS["uniform"]) > 7 * 30
+    explorer.beside.value, explorer.method.value = "legr", "legr"
+    assert explorer.other is None  # it is not its own neighbour
+    assert Image.open(io.BytesIO(explorer.image.value)).width == module.DENSITY * module.WIDTH
+    assert explorer.image.layout.width == f"{module.WIDTH}px"  # so that it is not stretched
+
+
+def test_the_point_moves_along_the_curve_and_a_tilted_network_beside_it(explorer):
+    def place(pixels):
+        """Of the thin line through the point, in pixels."""
+        dark = pixels[-40:-8].max(2) < 0.75
+        return int(np.argmax(dark.all(0)))
+
+    _, chart = panels(explorer)
+    explorer.target.value = 0.9
+    _, moved = panels(explorer)
+    assert place(moved) > place(chart) + 100
+    explorer.layer.value, explorer.scale.value = 1, 0.1
+    _, tilted = panels(explorer)
+    assert count(tilted, "black") > count(moved, "black") + 100
+
+
+def test_a_tilted_network_is_judged_on_the_images_and_against_the_untilted_one(explorer):
+    cutter, right = explorer.cutter, []
+    explorer.layer.value, explorer.scale.value = 1, 10.0
+    explorer.layer.value, explorer.shift.value = 5, -3.0
+    found = samples.read(cutter.exp)
+    for cut in (explorer.untilted, explorer.shown):
+        small = legr.prune(cutter.exp.model, cutter.graph, cut.kept)
+        training.recalibrate(small, found.train, cutter.exp.compute)
+        right.append(cutter.judge(cut.kept))
+        assert right[-1].double().mean() == training.evaluate(small, found.test, cutter.exp.compute)["accuracy"]
+    before, after = right
+    assert not torch.equal(before, after)
+    more, half = paired(before, after)
+    assert more == pytest.approx((after.sum() - before.sum()).item() / 500)
+    assert half == pytest.approx(1.96 * np.std(after.numpy() - 1.0 * before.numpy(), ddof=1) / np.sqrt(500))
+    said = explorer.verdict.value.replace("−", "-")
+    assert f"on 500 test images, BatchNorm recalibrated, not fine-tuned: <b>{after.double().mean():.1%}</b>" in said
+    assert f"{100 * more:+.1f} points" in said and f"{100 * (more - half):+.1f} to {100 * (more + half):+.1f}" in said
+    assert f"({(after & ~before).sum()} images became right, {(before & ~after).sum()} wrong)" in said
+    explorer.reset.click()
+    assert f": <b>{before.double().mean():.1%}</b> ± " in explorer.verdict.value
+
+
+def test_bars_follow_at_once_and_judging_waits_until_nothing_moves(explorer, monkeypatch):
+    monkeypatch.setattr(module, "REST", 0.2)
+    judged, network = [], explorer.cutter.network
+    monkeypatch.setattr(explorer.cutter, "network", lambda kept: (judged.append(kept), network(kept))[1])
+
+    async def drag():
+        for target in (0.7, 0.75, 0.8):
+            before = explorer.image.value
+            explorer.target.value = target
+            assert explorer.image.value != before and explorer.verdict.value == "judging …"
+            await asyncio.sleep(0.01)
+        assert not judged
+        await explorer.task
+
+    asyncio.run(drag())
+    assert len(judged) == 1 and all(map(torch.equal, judged[0], explorer.shown.kept))
+    assert "on 500 test images" in explorer.verdict.value
+
+
+def test_uniform_can_not_be_tilted(explorer):
+    explorer.layer.value, explorer.scale.value = 1, 10.0
+    explorer.method.value = "uniform"
+    assert all(
+        part.disabled for part in (explorer.layer, explorer.scale, explorer.shift, explorer.undo, explorer.reset)
+    )
+    assert explorer.changes.value == "uniform has no α and κ to tilt" and explorer.shown is explorer.untilted
+    explorer.method.value = "norm"
+    assert not explorer.scale.disabled and explorer.tilts == {1: Tilt(10.0)}
+
+
+def test_the_other_experiment_of_the_scale_is_opened_or_what_it_lacks_is_said(explorer, project):
+    assert explorer.experiment.options == (NAME, PHOTOS)
+    explorer.layer.value, explorer.scale.value = 1, 10.0
+    explorer.experiment.value = PHOTOS
+    assert explorer.cutter.exp.name == PHOTOS and explorer.tilts == {} and explorer.undo.disabled
+    latency = project / f"results/demo/{NAME}/compare/latency.csv"
+    aside = latency.rename(latency.with_suffix(".aside"))
     try:
-        second.button.click()
+        explorer.experiment.value = NAME
     finally:
-        images.rename(second.exp.images)
-    assert "do not exist; run the data stage" in second.result.value
+        aside.rename(latency)
+    assert "latency.csv does not exist; run the pipeline" in explorer.numbers.value
+    assert explorer.experiment.value == explorer.cutter.exp.name == PHOTOS
+
+
+def test_save_writes_three_files_that_hold_the_same_network(explorer, project):
+    explorer.layer.value, explorer.scale.value = 1, 10.0
+    explorer.save.click()
+    names = explorer.saved.value.removeprefix("saved: ").split(", ")
+    weights, note, onnx = (project / name for name in names)
+    assert [path.suffix for path in (weights, note, onnx)] == [".safetensors", ".json", ".onnx"]
+    assert {path.parent for path in (weights, note, onnx)} == {project / "playground/saved"}
+    about, exp = json.loads(note.read_text()), explorer.cutter.exp
+    assert (about["method"], about["target"], about["flops"]) == ("legr", 0.6, 1e6 * explorer.shown.numbers["MFLOPs"])
+    assert about["inputs"] == [3, 8, 8] and about["normalization"] == json.loads(
+        exp.settings.data.normalization.model_dump_json()
+    )
+    scores = legr.Ranking(**about["ranking"]).scores(exp.norms)
+    kept = legr.select(exp.graph, scores, about["target"], floor=about["floor"])
+    assert list(about["widths"].values()) == [int(mask.sum()) for mask in kept] == explorer.shown.widths
+    small = models.load_weights(legr.prune(exp.model, exp.graph, kept), weights).eval()
+    inputs = next(samples.read(exp).test[:5].batches(5))[0].contiguous()
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    assert np.allclose(logits, small(inputs).detach().numpy(), atol=1e-4)
+    explorer.target.value = 0.7
+    assert explorer.saved.value == ""  # that was another network
+
+
+def test_an_error_leaves_none_of_the_files(explorer, project, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.onnx, "export", full)
+    before = set((project / "playground").rglob("*"))
+    explorer.target.value = 0.5
+    explorer.save.click()
+    assert "can't be written (No space left on device)" in explorer.saved.value
+    assert {path for path in set((project / "playground").rglob("*")) - before if path.is_file()} == set()
+
+
+def test_without_images_all_but_judging_and_saving_works(exp, project):
+    images = project / f"results/demo/{NAME}/explore/images.zip"
+    aside = images.rename(images.with_suffix(".aside"))
+    try:
+        explorer = Explorer(exp)
+        assert "images.zip do not exist; run the explore stage" in explorer.verdict.value
+        before = explorer.image.value
+        explorer.target.value = 0.7
+        explorer.save.click()
+    finally:
+        aside.rename(images)
+    assert explorer.image.value != before and "images.zip do not exist" in explorer.saved.value
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda exp: Explorer(exp, "random"), "method is 'random'; it must be one of legr, norm, uniform"),
+        (lambda exp: Explorer(exp, "norm", 0.3), "target is 0.3; it must be from 0.4 to 1"),
+        (
+            lambda exp: Cutter(exp).cut("norm", 0.5, {7: Tilt(2.0)}),
+            "tilts has layer 7; it must be a number from 0 to 6",
+        ),
+        (lambda exp: Cutter(exp).cut("uniform", 0.5, {1: Tilt(2.0)}), "uniform has no α and κ to tilt"),
+        (lambda exp: Cutter(exp).cut("norm", 0.001), "the lowest reachable fraction"),
+    ],
+)
+def test_mistakes_are_one_sentence(exp, make, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        make(exp)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rendered_notebook_has_the_picture(explorer):
+    data, about = explorer._repr_mimebundle_()
+    assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= data.keys()
+    assert about["image/png"] == {"width": module.WIDTH}
