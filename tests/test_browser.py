@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 
 import pytest
+from playwright.sync_api import expect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -84,25 +85,37 @@ def lab(done):
 
 
 def test_the_explorer_answers_in_jupyterlab(done, lab, browser):
+    """The FLOPs, a tilt and its undoing, and a saved network, by keyboard and mouse."""
     notebook = done / "notebooks" / "explore.ipynb"
     before = notebook.read_text()
     notebook.write_text(before.replace('scale = \\"laptop\\"', 'scale = \\"demo\\"'))
-    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    page = browser.new_page(viewport={"width": 1300, "height": 1100})
     try:
         page.goto(f"{lab}/lab/tree/notebooks/explore.ipynb?reset", timeout=120_000)
         page.get_by_text("| Idle").wait_for(timeout=120_000)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
-        picture, numbers = page.locator(".widget-image").first, page.locator(".widget-html").first
-        picture.wait_for(timeout=120_000)
+        picture, texts, handles = (page.locator(f".widget-{name}") for name in ("image", "html", "slider .noUi-handle"))
+        changes, numbers, verdict, saved = (texts.nth(i) for i in range(4))
+        verdict.get_by_text("±").wait_for(timeout=120_000)
         first, said = picture.get_attribute("src"), numbers.inner_text()
-        page.locator(".widget-slider .noUi-handle").first.press("ArrowLeft")
-        page.wait_for_function(
-            "before => document.querySelector('.widget-image').src != before", arg=first, timeout=60_000
-        )
-        page.wait_for_timeout(1000)
-        assert picture.evaluate("image => image.naturalWidth") > 500
-        assert numbers.inner_text() != said
+        handles.nth(0).press("ArrowRight")
+        page.wait_for_function("old => document.querySelector('.widget-image').src != old", arg=first, timeout=60_000)
+        expect(numbers).not_to_have_text(said, timeout=60_000)
+        expect(verdict).to_contain_text("±", timeout=60_000)  # of the new network
+        natural, shown = picture.evaluate("image => [image.naturalWidth, image.clientWidth]")
+        assert 500 < shown <= natural / 2  # sharp, also where a pixel of the page is four of the screen
+
+        handles.nth(1).press("ArrowLeft")
+        expect(changes).to_contain_text("tilted layers: 1 (α × 0.891", timeout=60_000)
+        expect(verdict).to_contain_text("without the tilts", timeout=60_000)
+        page.get_by_role("button", name="undo", exact=True).last.click()
+        expect(changes).to_have_text("tilted layers: none", timeout=60_000)
+        page.get_by_role("button", name="save network").click()
+        expect(saved).to_contain_text("saved: playground/saved/demo-", timeout=180_000)
+        suffixes = {path.suffix for path in (done / "playground/saved").iterdir()}
+        assert suffixes == {".safetensors", ".json", ".onnx"}
     finally:
         page.close()
         notebook.write_text(before)
+        shutil.rmtree(done / "playground", ignore_errors=True)
