@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.config import Experiment, open_experiment
-from experiments.cutter import RECALIBRATED, Cutter, Tilt, Tilts, paired
+from experiments.cutter import RECALIBRATED, TUNED, Cutter, Tilt, Tilts, paired
 from experiments.figures import COLORS, LABELS, MARKERS, bars
 from experiments.methods import DENSE
 from legr.files import UserError
@@ -39,29 +39,28 @@ class Explorer(widgets.VBox):
         self.cutter, self.tilts, self.history, self.quiet = Cutter(exp), {}, [], False
         self.task = self.drawn = None
         self.cutter.ranking(method, {})  # refuses an unknown method
-        target, lowest = target or sorted(exp.settings.targets)[len(exp.settings.targets) // 2], self.cutter.lowest
+        targets, lowest = sorted(exp.settings.targets), self.cutter.lowest
+        target = targets[len(targets) // 2] if target is None else target
         if not lowest <= target <= 1:
             raise UserError(f"target is {target}; it must be from {lowest} to 1, between which networks were measured")
         patterns = (f"{folder}/{exp.scale}/*/compare/tradeoff.csv" for folder in ("results", exp.results))
         names = sorted({path.parts[-3] for pattern in patterns for path in exp.root.glob(pattern)})
         methods = [(LABELS[name], name) for name in exp.methods]
-        beside = "norm" if "norm" in exp.methods else None
-
+        beside = {"options": [("nothing", None), *methods], "value": "norm" if "norm" in exp.methods else None}
         third, half, whole = ({"layout": widgets.Layout(width=width)} for width in ("32%", "48.5%", "98%"))
         self.experiment = widgets.Dropdown(options=names, value=exp.name, description="experiment", **third)
         self.method = widgets.Dropdown(options=methods, value=method, description="method", **third)
-        choices = [("nothing", None), *methods]
-        self.beside = widgets.Dropdown(options=choices, value=beside, description="beside it", **third)
+        self.beside = widgets.Dropdown(description="beside it", **beside, **third)
         self.target = widgets.FloatSlider(target, min=lowest, max=1, step=0.01, description="FLOPs left", **whole)
         self.target.readout_format = ".0%"
         self.layer = widgets.Dropdown(description="tilt layer", **third)
         half["continuous_update"] = False  # a tilt is one change, which can be undone, when the mouse lets go
         self.scale = widgets.FloatLogSlider(1, min=-1, max=1, step=0.05, description="its α ×", **half)
         self.shift = widgets.FloatSlider(0, min=-3, max=3, step=0.1, description="its κ + s ×", **half)
-        buttons = ("undo", "reset tilts", "save network")
-        self.undo, self.reset, self.save = (widgets.Button(description=text) for text in buttons)
+        self.undo, self.reset = widgets.Button(description="undo"), widgets.Button(description="reset tilts")
+        self.save, self.saved = widgets.Button(description="save network"), widgets.HTML()
         self.image = widgets.Image(layout=widgets.Layout(width=f"{WIDTH}px", max_width="100%"))
-        self.changes, self.numbers, self.verdict, self.saved = (widgets.HTML() for _ in range(4))
+        self.changes, self.numbers, self.verdict = (widgets.HTML() for _ in range(3))
         rows = (
             [self.experiment, self.method, self.beside], [self.target], [self.layer, self.undo, self.reset],
             [self.scale, self.shift], [self.changes], [self.image], [self.numbers], [self.verdict],
@@ -94,12 +93,11 @@ class Explorer(widgets.VBox):
 
     def _open(self, _) -> None:
         """Go over to another experiment, without tilts; stay where its results are not whole."""
-        exp = self.cutter.exp
-        if self.quiet or self.experiment.value == exp.name:
+        exp, name = self.cutter.exp, self.experiment.value
+        if self.quiet:
             return
         try:
-            other = open_experiment(exp.scale, self.experiment.value, "explore", exp.results, root=exp.root)
-            self.cutter = Cutter(other)
+            self.cutter = Cutter(open_experiment(exp.scale, name, "explore", exp.results, root=exp.root))
         except UserError as error:
             with self._quietly():
                 self.experiment.value = exp.name
@@ -167,9 +165,8 @@ class Explorer(widgets.VBox):
         plain, self.saved.value = method == "uniform", ""
         names = [f"{i + 1} (α × {tilt.scale:.3g}, κ {'−+'[tilt.shift >= 0]} {abs(tilt.shift):.3g} s)"
                  for i, tilt in self.tilts.items()]  # fmt: skip
-        self.changes.value = "tilted layers: " + (", ".join(names) or "none")
-        if plain:
-            self.changes.value = "uniform has no α and κ to tilt"
+        tilted = "tilted layers: " + (", ".join(names) or "none")
+        self.changes.value = "uniform has no α and κ to tilt" if plain else tilted
         for control in (self.layer, self.scale, self.shift):
             control.disabled = plain
         self.undo.disabled, self.reset.disabled = plain or not self.history, plain or not self.tilts
@@ -244,20 +241,19 @@ class Explorer(widgets.VBox):
         self.image.value = picture.getvalue()
 
     def _draw_what_stays(self) -> None:
-        """A new figure: a bar for each layer (left); measured accuracy over FLOPs, of all methods (right)."""
+        """A new figure: a bar for each layer (left); all methods' measured accuracy over FLOPs (right)."""
         cutter, method = self.drawn
         self.figure = Figure(figsize=(WIDTH / 100, 4.4), dpi=100 * DENSITY, layout="none")  # layout engines are slow
         left, right = self.figure.subplots(1, 2, width_ratios=(4, 3))
         self.figure.subplots_adjust(left=0.065, right=0.99, bottom=0.35, top=0.93, wspace=0.16)
         self.bars = bars(left, cutter.graph.widths, cutter.graph.widths, method)
         for rim, (name, curve) in zip(reversed(range(len(cutter.curves))), cutter.curves.items(), strict=True):
-            tuned = 100 * cutter.table[cutter.table.method == name].groupby("flops").accuracy.mean()
+            pruned, tuned = curve[RECALIBRATED], curve[TUNED].iloc[:-1]
             looks = {"color": COLORS[name], "lw": 1.5 + rim / 2, "ms": 6 + rim}  # thinner than those under it: all show
-            right.plot(curve[RECALIBRATED].index / 1e6, curve[RECALIBRATED], **looks)
+            right.plot(pruned.index / 1e6, pruned, **looks)
             right.plot(tuned.index / 1e6, tuned, MARKERS[name], **looks)
             right.plot([], [], marker=MARKERS[name], label=LABELS[name], **looks)
-        dense = 100 * cutter.exp.dense["accuracy"]
-        right.plot(cutter.graph.flops() / 1e6, dense, "D", color=DENSE, label="dense network")
+        right.plot(curve[TUNED].index[-1] / 1e6, curve[TUNED].iloc[-1], "D", color=DENSE, label="dense network")
         right.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)")
         right.set_title("curves: as pruned; marks: fine-tuned", loc="left")
 

@@ -56,7 +56,8 @@ def fill(exp):
         table = pd.DataFrame({"share": SHARES, "flops": flops, "accuracy_recalibrated": accuracy})
         exp.path(f"sets/{method}").mkdir(parents=True)
         table.to_csv(exp.path(f"sets/{method}/cuts.csv"), index=False)
-        rows.append(table.assign(method=method, accuracy=accuracy + 0.05, batch=4, latency_ms=5 + table.flops / 1e6))
+        measured = {"accuracy": accuracy + 0.05, "batch": 4, "latency_ms": 5 + table.flops / 1e6}
+        rows.append(table.assign(method=method, target=SHARES, **measured))
     measured = pd.concat(rows)[lambda t: t.share.isin([0.8, 0.4])]
     exp.path("compare").mkdir()
     measured.to_csv(exp.path("compare/tradeoff.csv"), index=False)

@@ -26,7 +26,7 @@ STAGES = {  # folder: the figures, tables and networks that it must hold
     "sets/norm": ["widths", "networks.csv"],
     "ablations": ["prediction", "searches", "fitness.csv", "correlations.csv"],
     "compare": ["accuracy", "latency", "tuning", "cost.csv", "tradeoff.csv", "summary.csv", "metrics.json"],
-    "explore": [],
+    "explore": ["images.zip"],
 }
 
 
