@@ -9,7 +9,6 @@ import time
 from contextlib import suppress
 
 import pytest
-from playwright.sync_api import expect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -86,6 +85,8 @@ def lab(done):
 
 def test_the_explorer_answers_in_jupyterlab(done, lab, browser):
     """The FLOPs, a tilt and its undoing, and a saved network, by keyboard and mouse."""
+    from playwright.sync_api import expect
+
     notebook = done / "notebooks" / "explore.ipynb"
     before = notebook.read_text()
     notebook.write_text(before.replace('scale = \\"laptop\\"', 'scale = \\"demo\\"'))
