@@ -245,7 +245,7 @@ class Explorer(widgets.VBox):
         cutter, method = self.drawn
         self.figure = Figure(figsize=(WIDTH / 100, 4.4), dpi=100 * DENSITY, layout="none")  # layout engines are slow
         left, right = self.figure.subplots(1, 2, width_ratios=(4, 3))
-        self.figure.subplots_adjust(left=0.065, right=0.99, bottom=0.35, top=0.93, wspace=0.16)
+        self.figure.subplots_adjust(left=0.082, right=0.99, bottom=0.35, top=0.93, wspace=0.17)
         self.bars = bars(left, cutter.graph.widths, cutter.graph.widths, method)
         for rim, (name, curve) in zip(reversed(range(len(cutter.curves))), cutter.curves.items(), strict=True):
             pruned, tuned = curve[RECALIBRATED], curve[TUNED].iloc[:-1]

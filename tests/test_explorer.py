@@ -150,7 +150,7 @@ def panels(explorer):
     """Pixels of the bars and of the chart, as the reader sees them: between the titles and the labels below."""
     pixels = np.asarray(Image.open(io.BytesIO(explorer.image.value)).convert("RGB")) / 255
     pixels = pixels[70:560]
-    return pixels[:, 130:1040], pixels[:, 1190:]
+    return pixels[:, 165:1050], pixels[:, 1210:]
 
 
 def count(pixels, color):
