@@ -255,7 +255,7 @@ class Explorer(widgets.VBox):
             right.plot([], [], marker=MARKERS[name], label=LABELS[name], **looks)
         right.plot(curve[TUNED].index[-1] / 1e6, curve[TUNED].iloc[-1], "D", color=DENSE, label="dense network")
         right.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)")
-        right.set_title("curves: as pruned; marks: fine-tuned", loc="left")
+        right.set_title("curves: recalibrated; marks: fine-tuned", loc="left")
 
     def _repr_mimebundle_(self, **options):
         """The widgets where they can live, and a picture where they can't (a rendered or executed notebook)."""
