@@ -54,8 +54,11 @@ def main() -> int:
                 config.open_experiment(scale, each, "report", "results", root=root) for each in arguments.experiment
             ]
             state, final = root / ".state" / "results" / scale / "report", root / "results" / scale / "report"
-            report.build(opened, fresh(state / "part"))
-            swap(state, final)
+            try:
+                report.build(opened, fresh(state / "part"))
+                swap(state, final)
+            finally:
+                shutil.rmtree(state, ignore_errors=True)
         else:
             parser.error(f"stage is {stage!r}; it must be one of {', '.join(NOTEBOOKS)}, data, report")
     except ValueError as error:

@@ -203,7 +203,9 @@ def search_movie(
     return f'<img alt="the search, animated" src="data:image/gif;base64,{content}">'
 
 
-def idea(graph: Graph, norms: Sequence[Tensor], ranking: Ranking, target: float, floor: float, caption: str) -> Figure:
+def idea(
+    graph: Graph, norms: Sequence[Tensor], ranking: Ranking, target: float, floor: float, method: str, caption: str
+) -> Figure:
     """Why a ranking must be learned: every filter's importance by layer, by norms alone and by Eq. 1, and one cut.
 
     Importance is that of the filter's unit, in which coupled filters are summed. What stays below the cut has its
@@ -215,9 +217,9 @@ def idea(graph: Graph, norms: Sequence[Tensor], ranking: Ranking, target: float,
     plain = Ranking.norm_only(len(norms))
     titles = {
         "norm": "by norms alone: $\\Vert\\Theta_i\\Vert^2$",
-        "legr": "learned (Eq. 1): $\\alpha_l\\Vert\\Theta_i\\Vert^2+\\kappa_l$",
+        method: "learned (Eq. 1): $\\alpha_l\\Vert\\Theta_i\\Vert^2+\\kappa_l$",
     }
-    for ax, (name, one) in zip(axes[0], {"norm": plain, "legr": ranking}.items(), strict=True):
+    for ax, (name, one) in zip(axes[0], {"norm": plain, method: ranking}.items(), strict=True):
         scores = one.scores(norms)
         kept = torch.cat(select(graph, scores, target, floor=floor)).numpy()
         importance = np.bincount(units + 1, torch.cat(scores).numpy())[1:][units]  # of a filter's unit
@@ -248,15 +250,16 @@ def hero(panels: Sequence[tuple[str, pd.DataFrame, Mapping[str, float]]], captio
     columns = ["experiment", "method", "target", "trial", "flops", "accuracy"]
     figure, axes = _figure(everything[columns], caption, 6 * len(panels), 7, rows=2, columns=len(panels))
     for (top, bottom), (title, table, dense) in zip(axes.T, panels, strict=True):
+        base = "norm" if "norm" in set(table.method) else table.method[0]
         less = table.set_index(["method", "target", "trial"]).accuracy
-        less = (less - less["norm"].reindex(less.index.droplevel(0)).to_numpy()).reset_index()
+        less = (less - less[base].reindex(less.index.droplevel(0)).to_numpy()).reset_index()
         for ax, part in ((top, table), (bottom, less)):
             groups = part.groupby(["method", "target"])
             points = pd.DataFrame({"y": 100 * groups.accuracy.mean(), "below": 100 * groups.accuracy.agg(interval)})
             _curves(ax, points.reset_index().assign(x=lambda p: 100 * p.target, above=lambda p: p.below))
         top.axhline(100 * dense["accuracy"], color=DENSE, ls=":", lw=1.2, label="dense")
         top.set(ylabel="test accuracy (%)", title=title)
-        bottom.set(xlabel="FLOPs left (%)", ylabel="points over norm-only")
+        bottom.set(xlabel="FLOPs left (%)", ylabel=f"points over {LABELS[base]}")
     return _legend(figure)
 
 

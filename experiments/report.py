@@ -69,11 +69,10 @@ def build(experiments: list[Experiment], out: Path) -> None:
     panels = [(exp.title, all_networks(exp), exp.dense) for exp in experiments]
     about = " | ".join([f"{first.scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
     figures.save(figures.hero(panels, about), out / "hero")
-    target, floor, about = sorted(first.settings.targets)[-2], first.settings.floor, f"{first.about}"
-    ranking = first.ranking("legr", 0)
-    figures.save(
-        figures.idea(first.graph, first.norms, ranking, target, floor, f"{about} at {target:.0%} FLOPs"), out / "idea"
-    )
+    method = next(name for name in first.methods if METHODS[name].learned)
+    target, floor = min(first.settings.rankings[method].flops), first.settings.floor
+    ranking, about = first.ranking(method, 0), f"{first.about} at {target:.0%} FLOPs"
+    figures.save(figures.idea(first.graph, first.norms, ranking, target, floor, method, about), out / "idea")
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         scale=first.scale,
