@@ -55,7 +55,7 @@ def main() -> int:
             ]
             state, final = root / ".state" / "results" / scale / "report", root / "results" / scale / "report"
             try:
-                report.build(opened, fresh(state / "part"))
+                report.build(opened, state / "part")
                 swap(state, final)
             finally:
                 shutil.rmtree(state, ignore_errors=True)

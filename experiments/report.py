@@ -58,6 +58,7 @@ def build(experiments: list[Experiment], out: Path) -> None:
             raise UserError(f"results folder {exp.folder} has no executed notebooks; run the pipeline (dvc repro)")
         chapters[exp.name] = [_chapter(exporter, path, exp.folder) for path in found]
         places |= {(exp.name, part["stage"]): f"{exp.name}-{i}" for i, part in enumerate(chapters[exp.name], 1)}
+    out.mkdir(parents=True, exist_ok=True)
     answers, first = claims.claims(experiments), experiments[0]
     titles = {exp.name: exp.title for exp in experiments}
     write_text(out / "claims.csv", answers.to_csv(index=False))

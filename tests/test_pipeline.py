@@ -22,10 +22,10 @@ NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 STAGES = {  # folder: the figures, tables and networks that it must hold
     "dense": ["curves", "training.csv", "dense.json", "network.safetensors"],
     "rankings/legr": ["search", "maps", "widths", "search.gif", "ranking-0.json", "search-0.csv", "record-0.json"],
-    "sets/legr": ["widths", "networks.csv"],
-    "sets/norm": ["widths", "networks.csv"],
-    "ablations": ["prediction", "searches", "fitness.csv", "correlations.csv"],
-    "compare": ["accuracy", "latency", "tuning", "cost.csv", "tradeoff.csv", "summary.csv", "metrics.json"],
+    "sets/legr": ["widths", "accuracy", "networks.csv", "cuts.csv"],
+    "sets/norm": ["widths", "accuracy", "networks.csv", "cuts.csv"],
+    "ablations": ["prediction", "answers", "fitness.csv", "searches.csv", "correlations.csv", "ablations.json"],
+    "compare": ["accuracy", "latency", "tuning", "cost", "networks", "tradeoff.csv", "summary.csv", "metrics.json"],
     "explore": ["images.zip"],
 }
 
