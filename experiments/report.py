@@ -96,14 +96,14 @@ def _cuts(exp: Experiment) -> dict[str, Any]:
     methods, table, cuts = {}, all_networks(exp), all_cuts(exp)
     for name in exp.methods:
         own = cuts[cuts.method == name]
-        tuned = 100 * table[table.method == name].groupby("flops").accuracy.mean()
+        tuned = table[table.method == name].groupby("target")[["flops", "accuracy"]].mean()  # over trials
         methods[name] = {
             "label": METHODS[name].label,
             "color": METHODS[name].color,
             "mflops": (own.flops / 1e6).round(2).tolist(),
             "accuracy": (100 * own.accuracy_recalibrated).round(2).tolist(),
             "widths": [list(map(int, widths.split())) for widths in own.widths],
-            "tuned": [[round(flops / 1e6, 2), round(accuracy, 2)] for flops, accuracy in tuned.items()],
+            "tuned": [[round(f / 1e6, 2), round(100 * a, 2)] for f, a in tuned.itertuples(index=False)],
         }
     return {"title": exp.title, "dense": exp.graph.widths, "shares": own.share.tolist(), "methods": methods}
 
