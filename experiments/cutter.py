@@ -3,7 +3,6 @@
 It needs committed results, with some images among them (samples.py); no data set, no training.
 """
 
-import contextlib
 import functools
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import legr
-from experiments import samples
+from experiments import publish, samples
 from experiments.config import Experiment
 from experiments.tables import all_cuts
-from legr import models
-from legr.files import UserError, atomic, digest, write_json
+from legr.files import UserError, digest
 from legr.search import norm_deviations
 from legr.training import recalibrate
 
@@ -159,29 +157,18 @@ class Cutter:
         self._judged[_key(kept)] = torch.cat(found)
 
     def save(self, cut: Cut) -> list[str]:
-        """Write the `network` of a cut as safetensors, JSON and ONNX below playground/saved; returns the three paths.
-
-        Weights are `models.halved` before the ONNX file is made too: both files hold the same network.
-        """
+        """Write the `network` of a cut below playground/saved by `publish.write`; returns the three paths."""
         exp, settings = self.exp, self.exp.settings
         about = {"scale": exp.scale, "experiment": exp.name, "model": settings.model, "method": cut.method}
         about |= {"target": cut.target, "floor": settings.floor, "ranking": cut.ranking and vars(cut.ranking)}
-        about["widths"] = {layer.name: width for layer, width in zip(self.graph.layers, cut.widths, strict=True)}
         about |= {"flops": self.graph.flops(cut.kept), "params": self.graph.params(cut.kept)}
         about |= {"inputs": settings.data.shape, "normalization": settings.data.normalization.model_dump()}
         about["training"] = f"none; BatchNorm re-estimated from {len(self.samples.train)} training images"
         small = self.network(cut.kept).cpu().to(memory_format=torch.contiguous_format)
-        small.load_state_dict(models.halved(small.state_dict()))
         inputs = next(self.samples.test[:2].batches(2))[0].cpu().contiguous()
-        stem = f"playground/saved/{exp.scale}-{exp.name}-{cut.method}-{cut.target:.0%}-{digest(about)[:6]}"
-        names = [f"{stem}.{suffix}" for suffix in ("safetensors", "json", "onnx")]
-        with contextlib.ExitStack() as files:  # all three or none
-            weights, note, onnx = (files.enter_context(atomic(exp.root / name)) for name in names)
-            models.save_weights(small, weights)
-            write_json(note, about)
-            batch = ({0: torch.export.Dim("batch")},)
-            torch.onnx.export(small, (inputs,), onnx, dynamic_shapes=batch, external_data=False, verbose=False)
-        return names
+        name = f"{exp.scale}-{exp.name}-{cut.method}-{cut.target:.0%}-{digest(about)[:6]}"
+        paths = publish.write(small, about, inputs, exp.root / "playground/saved" / name)
+        return [path.relative_to(exp.root).as_posix() for path in paths]
 
 
 def _key(kept: list[Tensor]) -> bytes:

@@ -1,5 +1,6 @@
 """Networks as files that are read without this package: safetensors, JSON and ONNX, and load.py beside them."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -8,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pandas as pd
 import torch
 import torchvision
@@ -48,25 +48,38 @@ def classifier(architecture: str, classes: int, pretrained: bool = False) -> nn.
     return model
 
 
-def save(networks: Mapping[str, nn.Module], about: Mapping[str, dict[str, Any]], inputs: Tensor, folder: Path) -> None:
-    """Write NAME.safetensors, NAME.json and NAME.onnx of every network, check.safetensors and load.py.
+def write(network: nn.Module, about: dict[str, Any], inputs: Tensor, stem: Path) -> list[Path]:
+    """Write `stem`.safetensors, `stem`.json and `stem`.onnx: all three or none.
 
     Args:
-        about: for each network, what goes into its JSON file beside its widths.
+        network: in eval mode, on the CPU.
+        about: what goes into the JSON file beside the widths of all convolutions.
+        inputs: [N, C, H, W], an example; the ONNX file takes any N.
+    """
+    widths = {path: m.out_channels for path, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("safetensors", "json", "onnx")]
+    with contextlib.ExitStack() as files:
+        weights, note, onnx = (files.enter_context(atomic(path)) for path in paths)
+        save_file(network.state_dict(), weights)
+        write_json(note, about | {"widths": widths})
+        batch = ({0: torch.export.Dim("batch")},)
+        torch.onnx.export(network, (inputs,), onnx, dynamic_shapes=batch, external_data=False, verbose=False)
+    return paths
+
+
+def save(networks: Mapping[str, nn.Module], about: Mapping[str, dict[str, Any]], inputs: Tensor, folder: Path) -> None:
+    """`write` every network by its name, and check.safetensors and load.py beside them.
+
+    Args:
+        about: for each network, what goes into its JSON file.
         inputs: [N, C, H, W] for check.safetensors, with the logits that each network gives for them.
     """
     inputs, logits = inputs.cpu().contiguous(), {}
     for name, network in networks.items():
         network = network.cpu().eval().to(memory_format=torch.contiguous_format)
-        widths = {path: m.out_channels for path, m in network.named_modules() if isinstance(m, nn.Conv2d)}
         with torch.inference_mode():
             logits[name] = network(inputs)
-        with atomic(folder / f"{name}.safetensors") as path:
-            save_file(network.state_dict(), path)
-        with atomic(folder / f"{name}.onnx") as path:
-            batch = ({0: torch.export.Dim("batch")},)
-            torch.onnx.export(network, (inputs,), path, dynamic_shapes=batch, external_data=False, verbose=False)
-        write_json(folder / f"{name}.json", about[name] | {"widths": widths})
+        write(network, about[name], inputs, folder / name)
     with atomic(folder / "check.safetensors") as path:
         save_file({"inputs": inputs, **logits}, path)
     shutil.copy(load.__file__, folder / "load.py")
@@ -94,6 +107,8 @@ def read_back(names: list[str], folder: Path) -> pd.DataFrame:
 
 
 def _by_onnx(folder: Path, name: str) -> float:
+    import onnxruntime  # takes a while; only who reads back needs it
+
     check = load_file(folder / "check.safetensors")
     session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: check["inputs"].numpy()})

@@ -270,7 +270,8 @@ def test_save_writes_three_files_that_hold_the_same_network(explorer, project):
     )
     scores = legr.Ranking(**about["ranking"]).scores(exp.norms)
     kept = legr.select(exp.graph, scores, about["target"], floor=about["floor"])
-    assert list(about["widths"].values()) == [int(mask.sum()) for mask in kept] == explorer.shown.widths
+    widths = [about["widths"][layer.name] for layer in exp.graph.layers]
+    assert widths == [int(mask.sum()) for mask in kept] == explorer.shown.widths
     small = models.load_weights(legr.prune(exp.model, exp.graph, kept), weights).eval()
     inputs = next(samples.read(exp).test[:5].batches(5))[0].contiguous()
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
