@@ -22,6 +22,12 @@ from experiments.config import Experiment, open_experiment
 from legr.files import UserError
 
 ATTEMPTS = 3  # a job whose worker dies is tried again
+QUIET = {  # Dask watches itself many times a second by default, which takes a tenth of a core
+    "distributed.admin.system-monitor.interval": "10s",
+    "distributed.admin.tick.interval": "2s",
+    "distributed.admin.tick.limit": "60s",
+    "distributed.worker.profile.enabled": False,
+}
 
 
 class Jobs:
@@ -59,7 +65,7 @@ def open_jobs(exp: Experiment) -> Iterator[Jobs]:
     settings = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_MEMORY.items()}
     settings["distributed.worker.daemon"] = False  # so that they may start processes that decode images
     with ExitStack() as opened:
-        opened.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS} | settings))
+        opened.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS} | QUIET | settings))
         try:
             if isinstance(workers, int):
                 # By default a worker that takes more than its cores' share of the memory is killed: CUDA may.
