@@ -105,17 +105,21 @@ def training(history: pd.DataFrame, caption: str) -> Figure:
     return _legend(figure)
 
 
-def _progress(ax: Axes, histories: Sequence[pd.DataFrame], method: str) -> None:
-    """Each trial's candidates and the best loss so far over evaluations; the few worst lie on the upper edge."""
-    top = 1.05 * pd.concat([history.loss for history in histories]).quantile(0.9)
+def _progress(ax: Axes, histories: Sequence[pd.DataFrame], method: str, shown: float = 0) -> None:
+    """Each trial's candidates and the best loss so far over evaluations; the few worst lie on the upper edge.
+
+    The edge is above most candidates and the loss `shown`.
+    """
+    top = 1.1 * max(pd.concat([history.loss for history in histories]).quantile(0.9), shown)
     for trial, history in enumerate(histories):
         labels = ("candidate", "best so far", "candidate above the axis") if trial == 0 else (None,) * 3
         looks, worst = {"color": COLORS[method], "mew": 0}, history[history.loss > top]
         ax.plot(history.evaluation, history.loss.where(history.loss <= top), ".", alpha=0.4, label=labels[0], **looks)
         ax.plot(history.evaluation, history.best.clip(upper=top), lw=2, label=labels[1], **looks)
         if len(worst):
-            ax.plot(worst.evaluation, [top] * len(worst), "^", ms=5, alpha=0.4, label=labels[2], **looks)
+            ax.plot(worst.evaluation, [top] * len(worst), "^", ms=5, alpha=0.4, label=labels[2], clip_on=False, **looks)
     ax.set(xlabel="evaluation", ylabel="loss", xlim=(0.5, len(histories[0]) + 0.5), yscale="log")
+    ax.set_ylim(top=top)
 
 
 def search(histories: Sequence[pd.DataFrame], method: str, population: int, caption: str) -> Figure:
@@ -123,7 +127,7 @@ def search(histories: Sequence[pd.DataFrame], method: str, population: int, capt
     together = pd.concat([h.assign(trial=trial) for trial, h in enumerate(histories)])
     figure, axes = _figure(together[["trial", "evaluation", "loss", "best"]], caption, 7, 4.2)
     ax, norm = axes[0, 0], histories[0].loss[population - 1]
-    _progress(ax, histories, method)
+    _progress(ax, histories, method, norm)
     ax.axhline(norm, color=COLORS["norm"], ls="--", lw=1.2, label=f"norm-only ({norm:.2f})")
     ax.axvspan(0.5, population + 0.5, color="#000000", alpha=0.05, lw=0)
     ax.set(xlabel="evaluation (shaded: initial population)", ylabel="loss on held-out images")
