@@ -47,6 +47,8 @@ class _Renderer(IPythonRenderer):
 def build(experiments: list[Experiment], out: Path) -> None:
     """Write index.html, and what only all experiments together give: the figures hero and idea, and the claims.
 
+    answer.md and results.md are the parts of README.md and docs/results.md that hold numbers.
+
     Raises:
         UserError: an experiment lacks results.
     """
@@ -62,11 +64,14 @@ def build(experiments: list[Experiment], out: Path) -> None:
     answers, first = claims.claims(experiments), experiments[0]
     titles = {exp.name: exp.title for exp in experiments}
     write_text(out / "claims.csv", answers.to_csv(index=False))
-    write_text(out / "claims.md", markdown(claims.linked(answers, titles, f"results/{first.scale}")))
     numbers = [f"## {exp.title}\n\n{markdown(worded(summary(all_networks(exp))))}" for exp in experiments]
     write_text(out / "results.md", "\n".join(numbers))
     hours = pd.DataFrame([computing_hours(exp) for exp in experiments])
     hours.to_csv(out / "compute.csv", index_label="experiment", float_format="%.4g")
+    findings = {exp.name: [claims.finding(exp, method) for method in exp.settings.rankings] for exp in experiments}
+    hardware = f"{first.dense['hardware']}, {first.dense['precision']}, PyTorch {first.dense['torch']}"
+    took = f"{hours.to_numpy().sum():.1f} hours of computing ({hardware})"
+    write_text(out / "answer.md", _answer(experiments, findings, answers, took))
     panels = [(exp.title, all_networks(exp), exp.dense) for exp in experiments]
     about = " | ".join([f"{first.scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
     figures.save(figures.hero(panels, about), out / "hero")
@@ -79,16 +84,25 @@ def build(experiments: list[Experiment], out: Path) -> None:
         scale=first.scale,
         digits=first.settings.data.name == "digits",
         titles=titles,
-        findings={exp.name: [claims.finding(exp, method) for method in exp.settings.rankings] for exp in experiments},
+        findings=findings,
         claims=answers.groupby(["claim", "paper"], sort=False),
         places=places,
         hours=hours.assign(total=hours.sum(axis=1)).round(2),
-        hardware=f"{first.dense['hardware']}, {first.dense['precision']}, PyTorch {first.dense['torch']}",
+        hardware=hardware,
         pictures={name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in ("hero", "idea")},
         cuts=json.dumps({exp.name: _cuts(exp) for exp in experiments}, separators=(",", ":")),
         chapters=chapters,
     )
     write_text(out / "index.html", page)
+
+
+def _answer(experiments: list[Experiment], findings: dict[str, list[str]], answers: pd.DataFrame, took: str) -> str:
+    """What was found, the claims, and which runs they are of, in Markdown."""
+    scale, titles = experiments[0].scale, {exp.name: exp.title for exp in experiments}
+    found = [f"- **{titles[name]}:** {sentence}.\n" for name, sentences in findings.items() for sentence in sentences]
+    runs = ". ".join(f"{exp.title}: {exp.effort.replace(' · ', ', ')}" for exp in experiments)
+    table = markdown(claims.linked(answers, titles, f"results/{scale}"))
+    return "\n".join(["".join(found), table, f"`{scale}` scale. {runs}. All of it took {took}.\n"])
 
 
 def _cuts(exp: Experiment) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def test_the_slider_has_what_the_stages_found(done):
         assert shown["widths"][0] == run["dense"] and len(shown["tuned"]) == 1
     claimed = pd.read_csv(done / "results/demo/report/claims.csv")
     assert set(claimed.verdict) == {"untested"}  # digits
+    answer = (done / "results/demo/report/answer.md").read_text()
+    assert answer.count("**[untested](results/demo/") == len(claimed) and "one trial, no verdict" in answer
 
 
 def test_a_chapter_is_its_notebook_with_formulas_and_without_hints(tmp_path):
