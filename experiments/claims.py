@@ -6,6 +6,7 @@ out zero. Rules look at the paper's method (`legr`) unless the row names another
 
 import itertools
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -21,23 +22,22 @@ def claims(experiments: Iterable[Experiment]) -> pd.DataFrame:
     """Columns claim, paper, stage, experiment, verdict, evidence; a row for each claim and experiment."""
     rows = []
     for exp in experiments:
-        for claim, paper, stage, needed, answer in CLAIMS:
-            verdict, evidence = answer(exp) if needed <= set(exp.methods) else ("untested", "")
+        for claim in CLAIMS:
+            tested = claim.needs | {"legr"} <= set(exp.methods)
+            verdict, evidence = claim.answer(exp) if tested else ("untested", "")
             if exp.settings.data.name == "digits":
                 verdict = "untested"
-            rows.append([claim, paper, stage, exp.name, verdict, evidence])
+            rows.append([claim.says, claim.paper, claim.stage, exp.name, verdict, evidence])
     return pd.DataFrame(rows, columns=["claim", "paper", "stage", "experiment", "verdict", "evidence"])
 
 
 def linked(table: pd.DataFrame, titles: dict[str, str], folder: str) -> pd.DataFrame:
     """A column for each experiment, in Markdown: verdicts lead to the executed notebooks below `folder`."""
     links = [f"**[{row.verdict}]({folder}/{row.experiment}/{row.stage}/notebook.ipynb)**" for row in table.itertuples()]
-    wide = table.assign(cell=links + (" " + table.evidence)).pivot(
-        index=["claim", "paper"], columns="experiment", values="cell"
-    )
-    return wide.loc[list(dict.fromkeys(zip(table.claim, table.paper, strict=True))), list(titles)].rename(
-        columns=titles
-    )
+    cells = table.assign(cell=links + (" " + table.evidence))
+    wide = cells.pivot(index=["claim", "paper"], columns="experiment", values="cell")
+    order = list(dict.fromkeys(zip(table.claim, table.paper, strict=True)))
+    return wide.loc[order, list(titles)].rename(columns=titles)
 
 
 def finding(exp: Experiment, method: str = "legr") -> str:
@@ -136,16 +136,13 @@ def lowest_is_enough(exp: Experiment) -> Answer:
         return "untested", ""
     counts = sorted((float(name.strip("%")) / 100, name) for name in wide)
     lowest = counts[0][1]
-    parts = [
-        wide.loc[[target], lowest] - wide.loc[[target], name] for target, name in counts[1:] if target in wide.index
-    ]
+    used = [(target, name) for target, name in counts[1:] if target in wide.index]
+    parts = [wide.loc[[target], lowest] - wide.loc[[target], name] for target, name in used]
     if not parts:
         return "untested", ""
     found = _over_targets(pd.concat(parts))
-    signs = _signs(found)
-    return _all_or_some([sign >= 0 for sign in signs]), (
-        f"learned at {lowest} against where it is used, points: {_points(found)}"
-    )
+    evidence = f"learned at {lowest} against where it is used, points: {_points(found)}"
+    return _all_or_some([sign >= 0 for sign in _signs(found)]), evidence
 
 
 def few_steps_are_enough(exp: Experiment) -> Answer:
@@ -156,9 +153,8 @@ def few_steps_are_enough(exp: Experiment) -> Answer:
     steps = sorted(int(name) for name in wide)
     few = max((s for s in steps if 0 < s <= 50), default=steps[1])
     found = _over_targets(wide[str(few)] - wide[str(steps[-1])])
-    return _all_or_some(
-        [sign >= 0 for sign in _signs(found)]
-    ), f"{few} against {steps[-1]} steps, points: {_points(found)}"
+    evidence = f"{few} against {steps[-1]} steps, points: {_points(found)}"
+    return _all_or_some([sign >= 0 for sign in _signs(found)]), evidence
 
 
 def accuracy_is_kept(exp: Experiment) -> Answer:
@@ -183,33 +179,27 @@ def a_set_is_cheap(exp: Experiment) -> Answer:
     return verdict, f"{seven.ratio:.2f} times for seven: {hours}"
 
 
-# The claim, the paper's number, the stage that has the evidence, the methods that it takes, and the rule.
+class Claim(NamedTuple):
+    """A claim, the paper's number, the stage that has the evidence, the methods that it takes, and the rule."""
+
+    says: str
+    paper: str
+    stage: str
+    needs: set[str]
+    answer: Callable[[Experiment], Answer]
+
+
+OURS = "Ours: another fitness beats norms alone"
+KEPT = "ResNet-56: 70% +0.2, 47% −0.2; MobileNetV2: 70% −0.4, 60% −1.05, 50% −2.4"
+LOWEST, HARDLY = "Judging at the lowest FLOP count is enough", "claimed; 20 to 80% hardly matters (not checked)"
 CLAIMS = (
-    ("LeGR beats uniform pruning at equal FLOPs", "claimed", "compare", {"legr", "uniform"}, leads("legr", "uniform")),
-    ("LeGR beats pruning by norms alone", "implied", "compare", {"legr", "norm"}, leads("legr", "norm")),
-    (
-        "Ours: a fitness judged at the lowest count beats norms alone",
-        "–",
-        "compare",
-        {"legr-ours", "norm"},
-        leads("legr-ours", "norm"),
-    ),
-    (
-        "Accuracy is kept",
-        "ResNet-56: 70% +0.2, 47% −0.2; MobileNetV2: 70% −0.4, 60% −1.05, 50% −2.4",
-        "compare",
-        {"legr"},
-        accuracy_is_kept,
-    ),
-    ("One ranking serves every FLOP count", "claimed", "sets/legr", {"legr"}, one_ranking_serves),
-    (
-        "Judging at the lowest FLOP count is enough",
-        "claimed; 20 to 80% hardly matters (not checked)",
-        "ablations",
-        set(),
-        lowest_is_enough,
-    ),
-    ("A few steps τ̂ are enough for the fitness", "claimed", "ablations", set(), few_steps_are_enough),
-    ("A set of networks is cheaper", "2 to 3 times for seven", "compare", {"legr"}, a_set_is_cheap),
-    ("Latency falls as FLOPs fall", "claimed (Fig. 8)", "compare", {"legr"}, latency_falls),
+    Claim("LeGR beats uniform pruning at equal FLOPs", "claimed", "compare", {"uniform"}, leads("legr", "uniform")),
+    Claim("LeGR beats pruning by norms alone", "implied", "compare", {"norm"}, leads("legr", "norm")),
+    Claim(OURS, "–", "compare", {"legr-ours", "norm"}, leads("legr-ours", "norm")),
+    Claim("Accuracy is kept", KEPT, "compare", set(), accuracy_is_kept),
+    Claim("One ranking serves every FLOP count", "claimed", "sets/legr", set(), one_ranking_serves),
+    Claim(LOWEST, HARDLY, "ablations", set(), lowest_is_enough),
+    Claim("A few steps τ̂ are enough for the fitness", "claimed", "ablations", set(), few_steps_are_enough),
+    Claim("A set of networks is cheaper", "2 to 3 times for seven", "compare", set(), a_set_is_cheap),
+    Claim("Latency falls as FLOPs fall", "claimed (Fig. 8)", "compare", set(), latency_falls),
 )
