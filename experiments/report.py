@@ -69,7 +69,8 @@ def build(experiments: list[Experiment], out: Path) -> None:
     hours = pd.DataFrame([computing_hours(exp) for exp in experiments])
     hours.to_csv(out / "compute.csv", index_label="experiment", float_format="%.4g")
     findings = {exp.name: [claims.finding(exp, method) for method in exp.settings.rankings] for exp in experiments}
-    hardware = f"{first.dense['hardware']}, {first.dense['precision']}, PyTorch {first.dense['torch']}"
+    records = [exp.dense for exp in experiments]
+    hardware = "; ".join(dict.fromkeys(f"{r['hardware']}, {r['precision']}, PyTorch {r['torch']}" for r in records))
     took = f"{hours.to_numpy().sum():.1f} hours of computing ({hardware})"
     write_text(out / "answer.md", _answer(experiments, findings, answers, took))
     panels = [(exp.title, all_networks(exp), exp.dense) for exp in experiments]
