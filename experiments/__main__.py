@@ -40,7 +40,10 @@ def main() -> int:
     try:
         if not (root / "params.yaml").is_file():
             raise StageFailed(f"params.yaml was not found in {root}; run from the project's folder")
-        if stage.partition("/")[0] in NOTEBOOKS:
+        kind, _, method = stage.partition("/")
+        if bool(method) != (kind in ("rankings", "sets")):
+            raise StageFailed(f"stage is {stage!r}; rankings and sets, and only they, have a method: sets/legr")
+        if kind in NOTEBOOKS:
             run_notebook(root, stage, scale, name)
         elif stage == "data":
             from experiments import config, datasets

@@ -9,19 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from torch import nn
 
 import legr
 from experiments import datasets
 from experiments.methods import METHODS
 from legr import models
-from legr.data import Dataset
+from legr.data import Augmentation, Dataset
+from legr.files import Settings as Section
 from legr.files import UserError, digest, read_json, tensors_digest, write_json
 from legr.fitness import FitnessSettings
 from legr.ranking import FLOOR
@@ -29,10 +30,6 @@ from legr.search import SearchSettings
 from legr.training import Compute, Recipe
 
 Target = Annotated[float, Field(gt=0, le=1)]  # a fraction of the dense network's FLOPs
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DenseSettings(Section):
@@ -52,7 +49,7 @@ class RankingSettings(Section):
     """How a learned method finds its ranking."""
 
     flops: Annotated[tuple[Target, ...], Field(min_length=1)]  # where candidates are judged; several: their mean
-    start: str | None = None  # "norm": search on from norm-only; None: from random rankings
+    start: Literal["norm"] | None = None  # "norm": search on from norm-only; None: from random rankings
     search: SearchSettings = SearchSettings()
     fitness: FitnessSettings = FitnessSettings()
 
@@ -66,7 +63,7 @@ class CutSettings(Section):
     """How often a method's ranking is cut between the lowest target and all FLOPs, for a curve without training."""
 
     number: int = Field(100, ge=2)
-    test_images: PositiveInt = 2000  # fewer than all, for it is many networks
+    test_images: PositiveInt = 2000  # not all of them, since many networks are tested
 
 
 class AblationSettings(Section):
@@ -186,7 +183,8 @@ def read_settings(
             raise UserError(f"params.yaml: method is {method!r}; it must be one of {', '.join(METHODS)}")
         if METHODS[method].learned and method not in settings.rankings:
             raise UserError(f"params.yaml: {scale}.{name}.rankings lacks {method}, which is a learned method")
-    return settings, methods
+    rankings = {name: ranking for name, ranking in settings.rankings.items() if name in methods}
+    return settings.model_copy(update={"rankings": rankings}), methods
 
 
 @functools.cache
@@ -287,7 +285,9 @@ class Experiment:
 
     # Results that carry the key of everything that made them ------------------------------
     def key(self, *given: Any) -> str:
-        return digest([code_digest(), self.compute.identity(), *given])
+        augmentation = self.settings.data.augmentation  # the default is left out: keys are older than this line
+        changed = [augmentation.model_dump()] if augmentation != Augmentation() else []
+        return digest([code_digest(), self.compute.identity(), *given, *changed])
 
     def kept(self, name: str, key: str) -> dict[str, Any] | None:
         """The record of an earlier run with this key, now in `out` with its files; None if there is none."""

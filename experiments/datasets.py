@@ -10,21 +10,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, field_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from legr.data import Augmentation, Batches, Dataset, Images, Normalization, check_channels, hold_out, shrunk
-from legr.files import UserError, digest, load_state, save_state, tensors_digest
+from legr.files import Settings, UserError, digest, load_state, save_state, tensors_digest
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-class DataSettings(BaseModel):
+class DataSettings(Settings):
     """Which images an experiment uses; `folder` (or LEGR_<NAME> in the environment) replaces the download."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     resolution: PositiveInt | tuple[PositiveInt, PositiveInt] = 32  # pixels: a side, or height and width

@@ -52,6 +52,13 @@ def build(experiments: list[Experiment], out: Path) -> None:
     Raises:
         UserError: an experiment lacks results.
     """
+    try:
+        _build(experiments, out)
+    except FileNotFoundError as error:
+        raise UserError(f"results {error.filename} do not exist; run the pipeline (dvc repro)") from None
+
+
+def _build(experiments: list[Experiment], out: Path) -> None:
     exporter = _exporter()
     chapters, places = {}, {}
     for exp in experiments:
@@ -71,7 +78,7 @@ def build(experiments: list[Experiment], out: Path) -> None:
     findings = {exp.name: [claims.finding(exp, method) for method in exp.settings.rankings] for exp in experiments}
     records = [exp.dense for exp in experiments]
     hardware = "; ".join(dict.fromkeys(f"{r['hardware']}, {r['precision']}, PyTorch {r['torch']}" for r in records))
-    took = f"{hours.to_numpy().sum():.1f} hours of computing ({hardware})"
+    took = f"{hours.to_numpy().sum():.1f} hours, summed over processes ({hardware})"
     write_text(out / "answer.md", _answer(experiments, findings, answers, took))
     panels = [(exp.title, all_networks(exp), exp.dense) for exp in experiments]
     about = " | ".join([f"{first.scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
@@ -103,7 +110,9 @@ def _answer(experiments: list[Experiment], findings: dict[str, list[str]], answe
     found = [f"- **{titles[name]}:** {sentence}.\n" for name, sentences in findings.items() for sentence in sentences]
     runs = ". ".join(f"{exp.title}: {exp.effort.replace(' · ', ', ')}" for exp in experiments)
     table = markdown(claims.linked(answers, titles, f"results/{scale}"))
-    return "\n".join(["".join(found), table, f"`{scale}` scale. {runs}. All of it took {took}.\n"])
+    return "\n".join(
+        ["".join(found), table, f"`{scale}` scale. {runs}. Training, searches and measurements took {took}.\n"]
+    )
 
 
 def _cuts(exp: Experiment) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the stages made, read back and put side by side: tables for the comparison."""
 
 import statistics
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -12,7 +13,7 @@ from experiments.figures import interval
 from experiments.latency import measure
 from experiments.methods import METHODS
 from legr import models
-from legr.files import read_json
+from legr.files import UserError, read_json
 
 
 def network(exp: Experiment, method: str, target: float) -> nn.Module:
@@ -26,6 +27,9 @@ def all_networks(exp: Experiment) -> pd.DataFrame:
     names = [(m, t, k) for m in exp.methods for t in exp.settings.targets for k in range(exp.settings.trials)]
     what = "record of a pruned network (the set stage makes it)"
     rows = [read_json(exp.path(f"sets/{method}/{target}-{trial}.json"), what) for method, target, trial in names]
+    if len(epochs := {row["epochs"] for row in rows}) > 1:
+        found = f"{sorted(epochs)} epochs; give all methods the same (notebook 3)"
+        raise UserError(f"networks that are to be compared were fine-tuned for {found}")
     return pd.DataFrame(rows).drop(columns=["key", "files", "widths"], errors="ignore")
 
 
@@ -72,6 +76,14 @@ def latencies(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     facts = rows[["method", "target", "flops"]]
     facts.loc["dense"] = ["dense", 1.0, exp.dense["flops"]]
     return times.join(facts, on="network")
+
+
+def searches(exp: Experiment, path: Path) -> pd.DataFrame:
+    """The ablations' searches.csv; a method's search is not stopped after more evaluations than it has."""
+    table = pd.read_csv(path, dtype={"answer": str}).fillna({"question": ""})
+    most = {f"{method}: evaluations": ranking.search.evaluations for method, ranking in exp.settings.rankings.items()}
+    made = [q not in most or int(a) <= most[q] for q, a in zip(table.question, table.answer, strict=True)]
+    return table[made]
 
 
 def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:

@@ -8,7 +8,7 @@ import yaml
 import legr
 from experiments.config import open_experiment
 from experiments.methods import METHODS
-from tests.conftest import NAME, PHOTOS, PROJECT
+from tests.conftest import NAME, PHOTOS, PROJECT, change
 
 SCALES = yaml.safe_load((PROJECT / "params.yaml").read_text())
 
@@ -63,6 +63,20 @@ def test_overrides_change_one_setting_and_leave_the_prepared_images_alone(projec
     assert after.rankings == before.rankings
     with pytest.raises(legr.UserError, match=r"overrides has 'data\.holdout'.*change params\.yaml"):
         open_experiment("demo", NAME, "dense", overrides={"data.holdout": 5})
+
+
+def test_a_method_is_left_out_of_an_experiment_by_its_name_alone(project):
+    change(project, lambda params: params["methods"].update(learned=["legr"]))
+    exp = open_experiment("demo", NAME, "compare")
+    assert exp.methods == ["legr", "norm", "uniform"] and set(exp.settings.rankings) == {"legr"}
+
+
+def test_a_result_of_other_augmentation_is_another_result(project):
+    keys = {open_experiment("demo", NAME, "dense").key("dense")}
+    for augmentation in ({"flip": True}, {"flip": False, "crop": "resized"}, {"flip": True, "crop": "resized"}):
+        change(project, lambda params, new=augmentation: params["demo"][NAME]["data"].update(augmentation=new))
+        keys.add(open_experiment("demo", NAME, "dense").key("dense"))
+    assert len(keys) == 4
 
 
 def test_a_playground_reads_what_it_lacks_from_the_pipelines_results(project):

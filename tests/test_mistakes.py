@@ -122,6 +122,8 @@ def test_in_settings_and_images(project, monkeypatch, capsys, spoil, message):
         ("data demo resnet", 1, "experiment is 'resnet'; scale demo has cifar10-resnet56"),
         ("data demo", 2, "the following arguments are required: experiment"),
         ("date demo cifar10-resnet56", 2, "stage is 'date'; it must be one of dense, rankings"),
+        ("sets demo cifar10-resnet56", 1, "stage is 'sets'; rankings and sets, and only they, have a method"),
+        ("compare/legr demo cifar10-resnet56", 1, "stage is 'compare/legr'; rankings and sets"),
         ("report demo cifar10-resnet56", 1, "has no executed notebooks; run the pipeline"),
     ],
 )
