@@ -14,7 +14,7 @@ from experiments.config import open_experiment
 from experiments.jobs import Jobs
 from legr import models
 from legr.files import write_json
-from tests.conftest import NAME, PHOTOS, PROJECT
+from tests.conftest import NAME, PHOTOS, PROJECT, change
 
 
 def plant(folder, model="resnet56"):
@@ -129,6 +129,7 @@ def test_a_ranking_is_cut_many_times_once(project, monkeypatch):
 
 
 def test_ablations_are_made_once_and_an_interrupted_one_measures_only_what_is_missing(project, monkeypatch):
+    change(project, lambda params: params["methods"].update(learned=["legr", "legr-ours"]))
     for method in ("legr", "legr-ours"):
         work.learn(open_experiment("demo", NAME, f"rankings/{method}", "playground", root=project), method, 0)
     exp = opened(project, "ablations", {"ablations.evaluations": [3, 6]})
