@@ -81,7 +81,11 @@ def _signs(found: pd.DataFrame, over: float = 0) -> list[int]:
 
 
 def _verdict(signs: list[int]) -> str:
-    """Of a claim that holds (1), fails (-1) or is open (0) in several places."""
+    """Of a claim that holds (1), fails (-1) or is open (0) in several places.
+
+    reproduced: it holds in all. partly: in some, and it fails in none. mixed: it holds in some and fails in some.
+    not: it fails in some and holds in none. open: the intervals decide in none.
+    """
     if min(signs) > 0:
         return "reproduced"
     if max(signs) > 0:
