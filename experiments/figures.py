@@ -110,14 +110,16 @@ def _progress(ax: Axes, histories: Sequence[pd.DataFrame], method: str, shown: f
 
     The edge is above most candidates and the loss `shown`.
     """
-    top = 1.1 * max(pd.concat([history.loss for history in histories]).quantile(0.9), shown)
+    together, looks = pd.concat(histories), {"color": COLORS[method], "mew": 0}
+    top = 1.1 * max(together.loss.quantile(0.9), shown)
     for trial, history in enumerate(histories):
-        labels = ("candidate", "best so far", "candidate above the axis") if trial == 0 else (None,) * 3
-        looks, worst = {"color": COLORS[method], "mew": 0}, history[history.loss > top]
+        labels = ("candidate", "best so far") if trial == 0 else (None, None)
         ax.plot(history.evaluation, history.loss.where(history.loss <= top), ".", alpha=0.4, label=labels[0], **looks)
         ax.plot(history.evaluation, history.best.clip(upper=top), lw=2, label=labels[1], **looks)
-        if len(worst):
-            ax.plot(worst.evaluation, [top] * len(worst), "^", ms=5, alpha=0.4, label=labels[2], clip_on=False, **looks)
+    worst = together.evaluation[together.loss > top]
+    if len(worst):
+        edge = [top] * len(worst)
+        ax.plot(worst, edge, "^", ms=5, alpha=0.4, label="candidate above the axis", clip_on=False, **looks)
     ax.set(xlabel="evaluation", ylabel="loss", xlim=(0.5, len(histories[0]) + 0.5), yscale="log")
     ax.set_ylim(top=top)
 
