@@ -72,13 +72,25 @@ def _legend(figure: Figure) -> Figure:
 
 
 def _curves(ax: Axes, points: pd.DataFrame, joined: bool = True) -> None:
-    """A curve for each method; `points`: columns method, x, y, and the lengths `below` and `above` of error bars."""
+    """A curve for each method; `points`: columns method, x, y, and the lengths `below` and `above` of error bars.
+
+    Methods lie a little apart along x, so that the error bars of all show.
+    """
     methods = [name for name in METHODS if name in set(points.method)]
+    apart = 0.014 * (points.x.max() - points.x.min())
     for place, name in enumerate(methods):
         part = points[points.method == name].sort_values("x")
         looks = {"color": COLORS[name], "marker": MARKERS[name], "label": LABELS[name], "ls": "-" if joined else ""}
-        rim = 1.5 * (len(methods) - 1 - place)  # a curve is thinner than those under it: all show
-        ax.errorbar(part.x, part.y, (part.below, part.above), lw=2 + rim / 2, ms=6 + rim, capsize=3, **looks)
+        x = part.x + apart * (place - (len(methods) - 1) / 2)
+        ax.errorbar(x, part.y, (part.below, part.above), lw=1.6, ms=6, capsize=2.5, **looks)
+
+
+def _log(ax: Axes) -> None:
+    """A logarithmic y axis, with numbers at 1, 2, 5, 10, ..."""
+    ax.set(yscale="log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
 
 
 def bars(ax: Axes, dense: Sequence[int], kept: Sequence[int], method: str, label: str = "kept") -> BarContainer:
@@ -148,9 +160,7 @@ def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, capt
         ax.axhline(norm_only, color=COLORS["norm"], ls="--", lw=1, label="norm-only (α = 1, κ = 0)")
         ax.set(ylabel=label, xlabel="prunable layer, in execution order")
         ax.label_outer()
-    axes[0, 0].set(yscale="log")
-    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[0, 0].minorticks_off()
+    _log(axes[0, 0])
     return _legend(figure)
 
 
@@ -334,8 +344,9 @@ def tradeoff(
         points = pd.DataFrame({"x": groups.flops.mean() / 1e6, "y": 100 * groups[column].mean()})
         points["below"] = points["above"] = 100 * groups[column].agg(interval)
         _curves(ax, points.reset_index(), joined=column == "accuracy")
+        low, high = ax.get_ylim()
         ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], "D", color=DENSE, label="dense")
-        ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title)
+        ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title, ylim=(max(low, 0), min(high, 100)))
     for method, curve in cuts.groupby("method"):
         axes[0, 1].plot(curve.flops / 1e6, 100 * curve.accuracy_recalibrated, color=COLORS[method], lw=1.5)
     if papers is not None:
@@ -380,7 +391,9 @@ def tuning(curves: pd.DataFrame, caption: str) -> Figure:
         groups = errors.groupby(level=[0, 1])
         points = pd.DataFrame({"y": groups.mean(), "below": groups.agg(interval)}).reset_index()
         _curves(ax, points.assign(x=points.epoch, above=points.below))
-        ax.set(xlabel="epochs of fine-tuning", title=f"{target:.0%} FLOPs", yscale="log")
+        _log(ax)
+        lowest = 0.8 * points.y[points.y > 0].min()
+        ax.set(xlabel="epochs of fine-tuning", title=f"{target:.0%} FLOPs", ylim=(lowest, 100))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 0].set(ylabel="held-out error (%)")
     return _legend(figure)
