@@ -289,7 +289,7 @@ def networks(graph: Graph, kept: Mapping[tuple[str, float], Sequence[Tensor]], c
         for j, target in enumerate(targets):
             ax = axes[i, j]
             bars(ax, graph.widths, data[f"{method} at {target:.0%}"], method)
-            ax.set(ylabel="", xlabel="")
+            ax.set(ylabel="", xlabel="prunable layer")
             if i == 0:
                 ax.set_title(f"{target:.0%} FLOPs")
             ax.label_outer()
