@@ -66,6 +66,27 @@ def all_cuts(exp: Experiment) -> pd.DataFrame:
     )
 
 
+def shared_with_norm_only(exp: Experiment) -> pd.DataFrame:
+    """Filters in common with norm-only's network of the same target, in percent of those in either of the two.
+
+    Means over trials: a row for each method, a column for each target, from the highest down.
+    """
+
+    def shared(method: str, target: float, trial: int) -> float:
+        own, other = torch.cat(exp.select(method, target, trial)), torch.cat(exp.select("norm", target))
+        return 100 * ((own & other).sum() / (own | other).sum()).item()
+
+    trials, targets = range(exp.settings.trials), sorted(exp.settings.targets, reverse=True)
+    rows = {
+        METHODS[method].label: [
+            statistics.mean(shared(method, target, trial) for trial in trials) for target in targets
+        ]
+        for method in exp.methods
+        if method != "norm"
+    }
+    return pd.DataFrame(rows, index=[f"{target:.0%}" for target in targets]).T.rename_axis("method")
+
+
 def latencies(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """Of the published networks and the dense one: the columns of `latency.measure`, and method, target and FLOPs."""
     rows = table[table.trial == 0].set_index(table.method + "-" + table.target.astype(str))

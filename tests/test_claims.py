@@ -143,3 +143,15 @@ def test_the_table_of_the_readme_leads_to_the_notebooks(experiment):
     first, rule, *rows = tables.markdown(table).splitlines()
     assert first == "| claim | paper | ResNet-56 on CIFAR-10 |" and rule == "| --- | --- | --- |"
     assert len(rows) == 9 and "(results/laptop/one/compare/notebook.ipynb)" in rows[0]
+
+
+def test_what_networks_share_with_norm_only_is_counted_over_both():
+    masks = {"norm": [1, 1, 0, 0], "uniform": [1, 0, 1, 0], "legr": [1, 1, 1, 0]}
+    exp = SimpleNamespace(
+        methods=["legr", "norm", "uniform"],
+        settings=SimpleNamespace(trials=2, targets=(0.5, 0.7)),
+        select=lambda method, target, trial=0: [torch.tensor(masks["norm" if trial else method]).bool()],
+    )
+    table = tables.shared_with_norm_only(exp)
+    assert list(table.columns) == ["70%", "50%"]
+    assert table["70%"].tolist() == pytest.approx([(200 / 3 + 100) / 2, (100 / 3 + 100) / 2])
