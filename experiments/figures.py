@@ -344,11 +344,13 @@ def tradeoff(
         points = pd.DataFrame({"x": groups.flops.mean() / 1e6, "y": 100 * groups[column].mean()})
         points["below"] = points["above"] = 100 * groups[column].agg(interval)
         _curves(ax, points.reset_index(), joined=column == "accuracy")
-        low, high = ax.get_ylim()
         ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], "D", color=DENSE, label="dense")
-        ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title, ylim=(max(low, 0), min(high, 100)))
+        ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title)
     for method, curve in cuts.groupby("method"):
         axes[0, 1].plot(curve.flops / 1e6, 100 * curve.accuracy_recalibrated, color=COLORS[method], lw=1.5)
+    for ax in axes[0]:  # an interval may reach beyond what an accuracy can be
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, 0), min(high, 101))
     if papers is not None:
         papers = papers[papers.source.str.startswith("paper")]
         axes[0, 0].plot(papers.mflops, papers.accuracy_percent, "x", color=PAPER, mew=2, label="paper")
