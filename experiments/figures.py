@@ -394,7 +394,7 @@ def tuning(curves: pd.DataFrame, caption: str) -> Figure:
         points = pd.DataFrame({"y": groups.mean(), "below": groups.agg(interval)}).reset_index()
         _curves(ax, points.assign(x=points.epoch, above=points.below))
         _log(ax)
-        lowest = 0.8 * points.y[points.y > 0].min()
+        lowest = 0.8 * points.y.clip(lower=0.01).min()  # none may be wrong
         ax.set(xlabel="epochs of fine-tuning", title=f"{target:.0%} FLOPs", ylim=(lowest, 100))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 0].set(ylabel="held-out error (%)")
