@@ -89,7 +89,8 @@ def shared_with_norm_only(exp: Experiment) -> pd.DataFrame:
 
 def latencies(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """Of the published networks and the dense one: the columns of `latency.measure`, and method, target and FLOPs."""
-    rows = table[table.trial == 0].set_index(table.method + "-" + table.target.astype(str))
+    rows = table[table.trial == 0]
+    rows = rows.set_index(rows.method + "-" + rows.target.astype(str))
     networks = {name: network(exp, row.method, row.target) for name, row in rows.iterrows()} | {"dense": exp.model}
     networks = {name: part.to(exp.compute.device) for name, part in networks.items()}
     settings = exp.settings.latency

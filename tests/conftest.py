@@ -171,6 +171,7 @@ def done(tmp_path_factory):
         for name, target, resolution in ((NAME, 0.5, 8), (PHOTOS, 0.7, 16)):
             demo = params["demo"][name]
             demo["data"]["resolution"] = resolution
+            demo["trials"] = 2 if name == NAME else 1
             demo["targets"] = [target]
             demo["cuts"] = {"number": 4, "test_images": 64}
             demo["dense"]["recipes"][0] |= {"epochs": 1, "batch_size": 64}
