@@ -36,6 +36,7 @@ LABELS = {name: method.label for name, method in METHODS.items()} | {
     "paper": "LeGR's authors (paper)",
 }
 COLORS = {name: method.color for name, method in METHODS.items()} | {"random": PAPER, "paper": PAPER}
+QUESTIONS = {"flops": "FLOPs at which the search judges", "fitness.steps": "gradient steps τ̂ of the fitness"}
 MARKERS = {name: method.marker for name, method in METHODS.items()} | {"random": "X"}
 
 
@@ -348,15 +349,19 @@ def tradeoff(
         ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title)
     for method, curve in cuts.groupby("method"):
         axes[0, 1].plot(curve.flops / 1e6, 100 * curve.accuracy_recalibrated, color=COLORS[method], lw=1.5)
+    if papers is not None:
+        papers = papers[papers.source.str.startswith("paper")]
+        looks = {"color": PAPER, "mfc": "white", "ms": 11, "ls": "", "label": "quoted networks (paper)"}
+        axes[0, 0].plot(papers.mflops, papers.accuracy_percent, "o", **looks)
+        names = [f"{i}  {row.network}: {row.accuracy_percent}" for i, row in enumerate(papers.itertuples(), 1)]
+        for i, row in enumerate(papers.itertuples(), 1):
+            place = {"ha": "center", "va": "center_baseline", "fontsize": 8}
+            axes[0, 0].text(row.mflops, row.accuracy_percent, str(i), **place)
+        place = {"ha": "right", "va": "bottom", "fontsize": 9, "color": "#555555", "multialignment": "left"}
+        axes[0, 0].text(0.98, 0.03, "\n".join(names), transform=axes[0, 0].transAxes, **place)
     for ax in axes[0]:  # an interval may reach beyond what an accuracy can be
         low, high = ax.get_ylim()
         ax.set_ylim(max(low, 0), min(high, 101))
-    if papers is not None:
-        papers = papers[papers.source.str.startswith("paper")]
-        axes[0, 0].plot(papers.mflops, papers.accuracy_percent, "x", color=PAPER, mew=2, label="paper")
-        offset = {"textcoords": "offset points", "fontsize": 8, "color": "#555555"}
-        for row in papers.itertuples():
-            axes[0, 0].annotate(row.network, (row.mflops, row.accuracy_percent), (5, 4), **offset)
     return _legend(figure)
 
 
@@ -413,13 +418,18 @@ def answers(table: pd.DataFrame, caption: str) -> Figure:
     questions = table.question[table.question != ""].unique()
     figure, axes = _figure(table, caption, 4.6 * len(questions), 4.6, columns=len(questions))
     for ax, question in zip(axes[0], questions, strict=True):
+        if ax is not axes[0, 0]:
+            ax.sharey(axes[0, 0])
         names = table.answer[table.question == question].unique()
-        for name, color in zip(names, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(names))), strict=True):
+        colors = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(names)))
+        for place, (name, color) in enumerate(zip(names, colors, strict=True)):
             groups = less.loc[question, name].groupby("target")
-            ax.errorbar(100 * groups.mean().index, groups.mean(), groups.agg(interval), color=color, marker="o",
-                        capsize=3, label=name)  # fmt: skip
+            x = 100 * groups.mean().index + place - (len(names) - 1) / 2  # a little apart, so that all bars show
+            ax.errorbar(x, groups.mean(), groups.agg(interval), color=color, marker="o", capsize=3, label=name)
         ax.axhline(0, color=COLORS["norm"], ls="--", lw=1.2, label="norm-only")
-        ax.set(xlabel="FLOPs (%)", title=question)
+        method, _, asked = question.rpartition(": ")
+        ax.set(xlabel="FLOPs left (%)")
+        ax.set_title(f"{QUESTIONS.get(asked, asked)}\n{LABELS.get(method, '')}", fontsize=11)
         ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     axes[0, 0].set(ylabel="points of accuracy over norm-only's")
     return figure

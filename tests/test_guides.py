@@ -17,7 +17,10 @@ def blocks(path, language):
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 EXAMPLES = [(page, number) for page in PAGES for number in range(len(blocks(page, "python")))]
 # The README's search takes minutes and downloads weights.
-SHORT = {'weights="DEFAULT"': "", "flops=0.5)": "flops=0.5, search=SearchSettings(population=4, evaluations=4, sample=2))"}
+SHORT = {
+    'weights="DEFAULT"': "",
+    "flops=0.5)": "flops=0.5, search=SearchSettings(population=4, evaluations=4, sample=2))",
+}
 
 
 @pytest.mark.parametrize(("page", "number"), EXAMPLES, ids=[f"{page.stem}-{number}" for page, number in EXAMPLES])
