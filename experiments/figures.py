@@ -258,25 +258,25 @@ def idea(
 
 
 def hero(panels: Sequence[tuple[str, pd.DataFrame, Mapping[str, float]]], caption: str) -> Figure:
-    """A column for each experiment: accuracy over FLOPs (above), and points over norm-only, paired by trial (below).
+    """A row for each experiment: accuracy over FLOPs (left), and points over norm-only, paired by trial (right).
 
     Args:
         panels: a title, a table as for `tradeoff`, and the dense network's record.
     """
     everything = pd.concat([table.assign(experiment=title) for title, table, _ in panels])
     columns = ["experiment", "method", "target", "trial", "flops", "accuracy"]
-    figure, axes = _figure(everything[columns], caption, 6 * len(panels), 7, rows=2, columns=len(panels))
-    for (top, bottom), (title, table, dense) in zip(axes.T, panels, strict=True):
+    figure, axes = _figure(everything[columns], caption, 12, 3.6 * len(panels) + 0.8, rows=len(panels), columns=2)
+    for (left, right), (title, table, dense) in zip(axes, panels, strict=True):
         base = "norm" if "norm" in set(table.method) else table.method[0]
         less = table.set_index(["method", "target", "trial"]).accuracy
         less = (less - less[base].reindex(less.index.droplevel(0)).to_numpy()).reset_index()
-        for ax, part in ((top, table), (bottom, less)):
+        for ax, part in ((left, table), (right, less)):
             groups = part.groupby(["method", "target"])
             points = pd.DataFrame({"y": 100 * groups.accuracy.mean(), "below": 100 * groups.accuracy.agg(interval)})
             _curves(ax, points.reset_index().assign(x=lambda p: 100 * p.target, above=lambda p: p.below))
-        top.axhline(100 * dense["accuracy"], color=DENSE, ls=":", lw=1.2, label="dense")
-        top.set(ylabel="test accuracy (%)", title=title)
-        bottom.set(xlabel="FLOPs left (%)", ylabel=f"points over {LABELS[base]}")
+        left.axhline(100 * dense["accuracy"], color=DENSE, ls=":", lw=1.2, label="dense")
+        left.set(xlabel="FLOPs left (%)", ylabel="test accuracy (%)", title=title)
+        right.set(xlabel="FLOPs left (%)", ylabel=f"points over {LABELS[base]}", title=title)
     return _legend(figure)
 
 

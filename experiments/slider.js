@@ -24,16 +24,16 @@ function bars(run, own, at) {
   };
   const drawn = run.dense.map((n, layer) => bar(n, layer, "#9995") + bar(own.widths[at][layer], layer, own.color));
   const marks = label(left - 6, bottom - height + 4, top, "end") + label(left - 6, bottom, 0, "end");
-  return drawn.join("") + marks + label(left + width / 2, bottom + 34, "filters left in each layer (grey: dense)");
+  return drawn.join("") + marks + label(left + width / 2, bottom + 42, "filters left in each layer (grey: dense)");
 }
 
 function curves(run, own, at) {
-  const [left, width, bottom, height] = [530, 350, 280, 240], most = Math.max(...own.mflops);
+  const [left, width, bottom, height] = [530, 335, 280, 240], most = Math.max(...own.mflops);
   const x = (mflops) => left + (mflops / most) * width, y = (accuracy) => bottom - (accuracy / 100) * height;
   let drawn = "";
   for (const percent of [0, 25, 50, 75, 100]) {
     drawn += shape("path", { d: `M${left} ${y(percent)}h${width}`, stroke: "#9994" });
-    drawn += label(left - 6, y(percent) + 4, percent, "end") + label(x((percent / 100) * most), bottom + 16, `${percent}%`);
+    drawn += label(left - 6, y(percent) + 4, percent, "end") + label(x((percent / 100) * most), bottom + 20, `${percent}%`);
   }
   for (const each of Object.values(run.methods)) {
     const d = each.mflops.map((mflops, i) => `${i ? "L" : "M"}${x(mflops).toFixed(1)} ${y(each.accuracy[i]).toFixed(1)}`);
@@ -42,7 +42,7 @@ function curves(run, own, at) {
       drawn += shape("circle", { cx: x(mflops), cy: y(accuracy), r: 3.5, fill: each.color });
   }
   const now = { cx: x(own.mflops[at]), cy: y(own.accuracy[at]), r: 7, fill: own.color, stroke: "currentColor" };
-  return drawn + shape("circle", now) + label(left + width / 2, bottom + 34, "accuracy (%) over FLOPs left");
+  return drawn + shape("circle", now) + label(left + width / 2, bottom + 42, "accuracy (%) over FLOPs left");
 }
 
 function show() {

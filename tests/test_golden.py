@@ -1,46 +1,53 @@
 """What the committed runs did, the code must do again: Algorithm 1, Eq. 1 and LeGR-Pruning, to the filter."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
 import legr
+from experiments import samples
 from experiments.config import open_experiment
-from legr.search import Evolution, SearchSettings
+from experiments.tables import all_networks, network
+from legr.search import Evolution
+from legr.training import evaluate
 from tests.conftest import NAME, PROJECT
 
-RESULTS = PROJECT / "results" / "laptop" / NAME
-SIX_OF_55 = 0.11  # the share of mutated layers in the committed searches; since then int(0.1 · 55) = 5
 
-
-@pytest.fixture(scope="module")
-def exp():
-    return open_experiment("laptop", NAME, "compare", root=PROJECT)
+@pytest.fixture(scope="module", params=[NAME])
+def exp(request):
+    return open_experiment("laptop", request.param, "compare", "results", root=PROJECT)
 
 
 @pytest.mark.parametrize("method", ["legr", "legr-ours"])
 def test_told_the_committed_losses_the_search_asks_for_the_committed_candidates(exp, method):
-    folder = RESULTS / "rankings" / method
-    maps = load_file(folder / "candidates-0.safetensors")
-    evolution = Evolution(exp.norms, SearchSettings(mutated=SIX_OF_55))
-    for i, row in pd.read_csv(folder / "search-0.csv").iterrows():
-        candidate = evolution.ask()
-        assert np.array_equal(candidate.scale, maps["scale"][i])
-        assert np.allclose(candidate.shift, maps["shift"][i], rtol=1e-6, atol=1e-6)
-        evolution.tell(candidate, row.loss, row.accuracy)
-    assert evolution.done
-    assert evolution.best.scale == legr.Ranking.load(folder / "ranking-0.json").scale
+    settings = exp.settings.rankings[method]
+    start = legr.Ranking.norm_only(len(exp.norms)) if settings.start == "norm" else None
+    for trial in range(exp.settings.trials):
+        maps = load_file(exp.path(f"rankings/{method}/candidates-{trial}.safetensors"))
+        evolution = Evolution(exp.norms, settings.search.model_copy(update={"seed": trial}), start)
+        for i, row in pd.read_csv(exp.path(f"rankings/{method}/search-{trial}.csv")).iterrows():
+            candidate = evolution.ask()
+            assert np.array_equal(candidate.scale, maps["scale"][i])
+            assert np.allclose(candidate.shift, maps["shift"][i], rtol=1e-6, atol=1e-6)
+            evolution.tell(candidate, row.loss, row.accuracy)
+        assert evolution.done
+        assert evolution.best.scale == exp.ranking(method, trial).scale
 
 
 def test_the_committed_dense_network_and_rankings_make_the_committed_networks(exp):
-    table = pd.read_csv(RESULTS / "compare/tradeoff.csv").drop_duplicates(["method", "target"])
-    assert len(table) == len(list(RESULTS.glob("sets/*/*.json"))) == 10
+    table = all_networks(exp)
+    assert len(table) == len(exp.methods) * len(exp.settings.targets) * exp.settings.trials
     for row in table.itertuples():
-        kept, path = exp.select(row.method, row.target), RESULTS / "sets" / row.method / f"{row.target}.json"
+        kept = exp.select(row.method, row.target, row.trial)
         assert (exp.graph.flops(kept), exp.graph.params(kept)) == (row.flops, row.params), (row.method, row.target)
-        assert json.loads(path.read_text())[0]["flops"] == row.flops
-        widths = pd.read_csv(path.with_name(f"{row.target}-widths.csv")).iloc[:, 3]
-        assert [int(mask.sum()) for mask in kept] == widths.tolist()
+
+
+def test_the_published_networks_are_as_accurate_as_the_table_says(exp):
+    """On the 500 images that lie in the repository: within three standard deviations."""
+    table, images = all_networks(exp), samples.read(open_experiment("laptop", exp.name, "explore", root=PROJECT)).test
+    for target in (max(exp.settings.targets), min(exp.settings.targets)):
+        for row in table[(table.target == target) & (table.trial == 0)].itertuples():
+            found = evaluate(network(exp, row.method, target), images, exp.compute)["accuracy"]
+            allowed = 3 * (row.accuracy * (1 - row.accuracy) / len(images)) ** 0.5
+            assert abs(found - row.accuracy) < allowed, (row.method, target)
