@@ -62,7 +62,7 @@ def test_it_leaves_a_folder_for_each_stage(done, name, target):
     assert expected <= set(table.columns) and set(table.method) == {"legr", "norm"}
     assert table.flops_ratio.between(target - 0.15, target).all()
     metrics = json.loads((results(done, name) / "compare/metrics.json").read_text())
-    assert metrics == {str(target): table.set_index("method").accuracy.to_dict()}
+    assert metrics == {str(target): pytest.approx(table.groupby("method").accuracy.mean().to_dict())}
     measured = pd.read_csv(results(done, name) / "ablations/fitness.csv")
     assert measured.source.value_counts().to_dict() == {"norm": 1, "legr": 1, "random": 2}
     latency = pd.read_csv(results(done, name) / "compare/latency.csv")
@@ -147,8 +147,9 @@ def test_a_new_target_trains_only_its_own_network(copy):
     after = contents(norm)
     for name in ("0.5-0.json", "0.5-0.safetensors"):
         assert after[name] == before[name]  # its record says how many seconds it took: it was not trained again
-    assert {"0.4-0.json", "0.4-0.csv", "0.4-0.safetensors"} == after.keys() - before.keys()
-    assert len(pd.read_csv(norm / "networks.csv")) == 2
+    records = {f"0.4-{trial}.{suffix}" for trial in (0, 1) for suffix in ("json", "csv")}
+    assert records | {"0.4-0.safetensors"} == after.keys() - before.keys()  # the first trial's network is kept
+    assert len(pd.read_csv(norm / "networks.csv")) == 2 * 2
     assert not list((copy / ".state").rglob("*.pt"))
 
 
