@@ -221,10 +221,11 @@ def test_bfloat16_agrees_with_float32(digits, compute, make):
     half, losses = Compute(device="cpu", precision="bfloat16"), []
     for trained_in in (compute, half):
         model = fresh(make)
-        train(model, digits.fit, Recipe(epochs=2, batch_size=32, lr=0.1), trained_in, seed=0)
+        train(model, digits.fit, Recipe(epochs=2, batch_size=32, lr=0.02), trained_in, seed=0)
         losses += [evaluate(model, digits.holdout, measured_in)["loss"] for measured_in in (compute, half)]
         assert not [module for module in model.modules() if "forward" in vars(module)]  # left as it was
-    assert losses == pytest.approx([losses[0]] * 4, rel=0.03)
+    assert losses == pytest.approx([losses[0]] * 4, rel=0.01)
+    assert losses[0] < 2  # it has learned; at larger rates rounding alone leads trainings apart
 
 
 def test_strided_depthwise_convolutions_train_in_float32(digits):
