@@ -1,6 +1,6 @@
 """What is timed: the last functions prepare a procedure and return it, ours or (`plain`) what it is compared with.
 
-That is the authors' procedure (github.com/enyac-group/LeGR) in plain PyTorch: float32, NCHW, batch after batch, the
+That is the authors' procedure (github.com/cmu-enyac/LeGR) in plain PyTorch: float32, NCHW, batch after batch, the
 network's file read for every candidate. In `pruning` it is Torch-Pruning.
 """
 

@@ -223,7 +223,7 @@ def search_movie(
 def idea(
     graph: Graph, norms: Sequence[Tensor], ranking: Ranking, target: float, floor: float, method: str, caption: str
 ) -> Figure:
-    """Why a ranking must be learned: every filter's importance by layer, by norms alone and by Eq. 1, and one cut.
+    """The idea of a learned ranking: every filter's importance by layer, by norms alone and by Eq. 1, and one cut.
 
     Importance is that of the filter's unit, in which coupled filters are summed. What stays below the cut has its
     layer at the floor.
@@ -304,7 +304,7 @@ def cost(table: pd.DataFrame, papers: Mapping[int, float], caption: str) -> Figu
 
     Args:
         table: columns method, networks, "one search", "a search each", ratio.
-        papers: the ratio for numbers of networks, as counted from the authors' scripts.
+        papers: the ratio for numbers of networks, as counted from the authors' scripts, with AMC as the search each.
     """
     figure, (axes,) = _figure(table, caption, 11, 4.4, columns=2)
     for method, part in table.groupby("method"):
@@ -319,7 +319,7 @@ def cost(table: pd.DataFrame, papers: Mapping[int, float], caption: str) -> Figu
         color=PAPER,
         mew=2,
         ms=8,
-        label="counted in the authors' scripts (paper)",
+        label="from the authors' CIFAR-100 scripts, against AMC",
     )
     axes[0].set(xlabel="networks in the set", ylabel="hours (search + fine-tuning)", ylim=(0, None))
     axes[1].set(xlabel="networks in the set", ylabel="a search each / one search", ylim=(0.9, None))

@@ -1,6 +1,8 @@
 """What the stages made, read back and put side by side: tables for the comparison."""
 
+import re
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -116,6 +118,20 @@ def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:
     shares = [f"{target:.0%}" for target in exp.settings.targets if f"{target:.0%}" in table]
     pairs = {share: zip(table.dense, table[share], strict=True) for share in shares}
     return {f"paper {share}": [torch.arange(n) < kept for n, kept in layers] for share, layers in pairs.items()}
+
+
+def blocks_kept(exp: Experiment, networks: Mapping[str, Sequence[Tensor]]) -> pd.DataFrame:
+    """What networks keep of MobileNetV2's 17 blocks: outputs that are whole, inner layers at the floor."""
+    graph, floor = exp.graph, exp.settings.floor
+    outputs = [i for i, layer in enumerate(graph.layers) if re.fullmatch(r"features\.\d+\.conv\.\d", layer.name)]
+    rows = []
+    for name, kept in networks.items():
+        widths = [int(mask.sum()) for mask in kept]
+        whole = sum(widths[i] == graph.widths[i] for i in outputs)
+        inner = [(widths[i - 1], graph.widths[i - 1]) for i in outputs]
+        at_floor = sum(width == dense - int((1 - floor) * dense) for width, dense in inner)
+        rows.append([name, f"{whole} of {len(outputs)}", f"{at_floor} of {len(outputs)}"])
+    return pd.DataFrame(rows, columns=["network", "block outputs whole", "inner layers at the floor"])
 
 
 def tuning_curves(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:

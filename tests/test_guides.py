@@ -19,7 +19,7 @@ EXAMPLES = [(page, number) for page in PAGES for number in range(len(blocks(page
 # The README's search takes minutes and downloads weights.
 SHORT = {
     'weights="DEFAULT"': "",
-    "flops=0.5)": "flops=0.5, search=SearchSettings(population=4, evaluations=4, sample=2))",
+    "flops=0.3)": "flops=0.3, search=SearchSettings(population=4, evaluations=4, sample=2))",
 }
 
 
