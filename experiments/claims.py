@@ -17,7 +17,7 @@ from experiments.methods import METHODS
 from experiments.tables import all_networks
 
 Answer = tuple[str, str]  # a verdict, and the numbers behind it
-MARGIN = 0.5  # points of accuracy: a claim that two are alike holds where the loss is smaller
+MARGIN = 0.5  # points of accuracy: a smaller loss counts as none
 
 
 def claims(experiments: Iterable[Experiment]) -> pd.DataFrame:

@@ -129,7 +129,7 @@ def blocks_kept(exp: Experiment, networks: Mapping[str, Sequence[Tensor]]) -> pd
         widths = [int(mask.sum()) for mask in kept]
         whole = sum(widths[i] == graph.widths[i] for i in outputs)
         inner = [(widths[i - 1], graph.widths[i - 1]) for i in outputs]
-        at_floor = sum(width == dense - int((1 - floor) * dense) for width, dense in inner)
+        at_floor = sum(width == dense - int((1 - floor) * dense + 1e-9) for width, dense in inner)
         rows.append([name, f"{whole} of {len(outputs)}", f"{at_floor} of {len(outputs)}"])
     return pd.DataFrame(rows, columns=["network", "block outputs whole", "inner layers at the floor"])
 
