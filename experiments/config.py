@@ -187,6 +187,12 @@ def read_settings(
     return settings.model_copy(update={"rankings": rankings}), methods
 
 
+class Key(str):
+    """Names a result by everything that made it."""
+
+    equals: frozenset[str]  # the key itself, and those of the same result but for rounding, made on other devices
+
+
 @functools.cache
 def code_digest() -> str:
     """Names the code that results depend on: everything in legr/, and the work of a stage."""
@@ -284,25 +290,35 @@ class Experiment:
         return METHODS[method].select(self.graph, self.norms, ranking, target, self.settings.floor)
 
     # Results that carry the key of everything that made them ------------------------------
-    def key(self, *given: Any) -> str:
+    def key(self, *given: Any) -> Key:
         augmentation = self.settings.data.augmentation  # the default is left out: keys are older than this line
         changed = [augmentation.model_dump()] if augmentation != Augmentation() else []
-        return digest([code_digest(), self.compute.identity(), *given, *changed])
 
-    def kept(self, name: str, key: str) -> dict[str, Any] | None:
-        """The record of an earlier run with this key, now in `out` with its files; None if there is none."""
+        def on(device: str) -> str:
+            compute = self.compute.model_copy(update={"device": device})
+            return digest([code_digest(), compute.identity(), *given, *changed])
+
+        key = Key(on(self.compute.device))
+        key.equals = frozenset({key, on("cpu"), on("cuda")})
+        return key
+
+    def kept(self, name: str, key: Key) -> dict[str, Any] | None:
+        """The record of an earlier run with this key, now in `out` with its files; None if there is none.
+
+        What another device made in the same precision counts too; its record says which hardware that was.
+        """
         pipelines = self.root / "results" / self.scale / self.name / self.stage
         for folder in (self.folder / self.stage, pipelines, self.state):
             path = folder / f"{name}.json"
             record = read_json(path, "record of a result") if path.exists() else {}
-            if record.get("key") == key and all((folder / file).exists() for file in record["files"]):
+            if record.get("key") in key.equals and all((folder / file).exists() for file in record["files"]):
                 for file in [path.name, *record["files"]]:
                     if not (self.out / file).exists() or not (folder / file).samefile(self.out / file):
                         shutil.copy(folder / file, self.out / file)
                 return record
         return None
 
-    def record(self, name: str, key: str, files: list[str], values: dict[str, Any]) -> dict[str, Any]:
+    def record(self, name: str, key: Key, files: list[str], values: dict[str, Any]) -> dict[str, Any]:
         """Note in the state folder that `files`, which lie there, are whole; an interrupted stage finds them."""
         hardware = f"{platform.machine()}, {os.cpu_count()} cores"
         if self.compute.device.startswith("cuda"):

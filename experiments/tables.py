@@ -120,6 +120,15 @@ def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:
     return {f"paper {share}": [torch.arange(n) < kept for n, kept in layers] for share, layers in pairs.items()}
 
 
+def beside_authors(exp: Experiment) -> dict[str, list[Tensor]]:
+    """Masks of every method's networks of the first trial, and the authors' at the same FLOPs; empty without theirs."""
+    found = {}
+    for name, masks in authors_networks(exp).items():
+        share = float(name.removeprefix("paper ").strip("%")) / 100
+        found |= {f"{method} at {share:.0%}": exp.select(method, share) for method in exp.methods} | {name: masks}
+    return found
+
+
 def blocks_kept(exp: Experiment, networks: Mapping[str, Sequence[Tensor]]) -> pd.DataFrame:
     """What networks keep of MobileNetV2's 17 blocks: outputs that are whole, inner layers at the floor."""
     graph, floor = exp.graph, exp.settings.floor

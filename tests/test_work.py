@@ -112,6 +112,17 @@ def test_a_network_is_trained_once_and_its_file_gives_the_recorded_accuracy(proj
     assert trained == ["train"] * 3
 
 
+def test_a_result_of_another_device_in_the_same_precision_is_not_made_again(project):
+    here = opened(project, "sets/norm")
+    record = here.record("result", here.key("what made it"), [], {"value": 1})
+    for precision, expected in (("float32", record), ("bfloat16", None)):
+        elsewhere = opened(project, "sets/norm")
+        elsewhere.__dict__["compute"] = legr.training.Compute(device="cuda", precision=precision)
+        key = elsewhere.key("what made it")
+        assert key != record["key"] and elsewhere.kept("result", key) == expected
+    assert here.kept("result", here.key("something else")) is None
+
+
 def test_a_ranking_is_cut_many_times_once(project, monkeypatch):
     few = {"cuts": {"number": 4, "test_images": 100}}
     exp = opened(project, "sets/norm", few)
