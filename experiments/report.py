@@ -73,12 +73,11 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     write_text(out / "claims.csv", answers.to_csv(index=False))
     numbers = [f"## {exp.title}\n\n{markdown(worded(summary(all_networks(exp))))}" for exp in experiments]
     write_text(out / "results.md", "\n".join(numbers))
-    hours = pd.DataFrame([computing_hours(exp) for exp in experiments])
-    hours.to_csv(out / "compute.csv", index_label="experiment", float_format="%.4g")
+    hours = pd.concat({exp.name: computing_hours(exp) for exp in experiments}, names=["experiment"])
+    hours.to_csv(out / "compute.csv", float_format="%.4g")
     findings = {exp.name: [claims.finding(exp, method) for method in exp.settings.rankings] for exp in experiments}
-    records = [exp.dense for exp in experiments]
-    hardware = "; ".join(dict.fromkeys(f"{r['hardware']}, {r['precision']}, PyTorch {r['torch']}" for r in records))
-    took = f"{hours.to_numpy().sum():.1f} hours, summed over processes ({hardware})"
+    spent = hours.sum(axis=1).groupby("hardware", sort=False).sum()
+    took = "; ".join(f"{each:.1f} on {name}" for name, each in spent.items())
     write_text(out / "answer.md", _answer(experiments, findings, answers, took))
     panels = [(exp.title, all_networks(exp), exp.dense) for exp in experiments]
     about = " | ".join([f"{first.scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
@@ -96,7 +95,6 @@ def _build(experiments: list[Experiment], out: Path) -> None:
         claims=answers.groupby(["claim", "paper"], sort=False),
         places=places,
         hours=hours.assign(total=hours.sum(axis=1)).round(2),
-        hardware=hardware,
         pictures={name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in ("hero", "idea")},
         cuts=json.dumps({exp.name: _cuts(exp) for exp in experiments}, separators=(",", ":")),
         chapters=chapters,
@@ -111,7 +109,7 @@ def _answer(experiments: list[Experiment], findings: dict[str, list[str]], answe
     runs = ". ".join(f"{exp.title}: {exp.effort.replace(' · ', ', ')}" for exp in experiments)
     table = markdown(claims.linked(answers, titles, f"results/{scale}"))
     return "\n".join(
-        ["".join(found), table, f"`{scale}` scale. {runs}. Training, searches and measurements took {took}.\n"]
+        ["".join(found), table, f"`{scale}` scale. {runs}. Hours of computing, summed over processes: {took}.\n"]
     )
 
 

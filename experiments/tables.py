@@ -153,12 +153,16 @@ def tuning_curves(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def set_cost(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
-    """Hours for sets of 1 to 7 networks, from measured times: a search for all of them against one for each."""
+    """Hours for sets of 1 to 7 networks, from measured times: a search for all of them against one for each.
+
+    Where several machines worked, the times are of the one that searched in the first trial.
+    """
     rows = []
     for method in exp.settings.rankings:
         names = [f"rankings/{method}/record-{trial}.json" for trial in range(exp.settings.trials)]
-        search = statistics.mean(read_json(exp.path(name), "record of a search")["seconds"] for name in names) / 3600
-        tuning = table.seconds[table.method == method].mean() / 3600
+        searches = pd.DataFrame([read_json(exp.path(name), "record of a search") for name in names])
+        hardware, own = searches.hardware[0], table[table.method == method]
+        search, tuning = (part.seconds[part.hardware == hardware].mean() / 3600 for part in (searches, own))
         for networks in range(1, 8):
             one, each = search + networks * tuning, networks * (search + tuning)
             rows.append({"method": method, "networks": networks, "one search": one, "a search each": each})
@@ -166,17 +170,19 @@ def set_cost(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def computing_hours(exp: Experiment) -> pd.Series:
-    """Hours of computing behind an experiment's results, by what they went into."""
-
-    def hours(names: str) -> float:
-        records = [read_json(path, "record of a result") for path in exp.folder.glob(names)]
-        return sum(record["seconds"] for record in records) / 3600
-
-    networks = [f"sets/*/{target}-*.json" for target in exp.settings.targets]
-    parts = {"dense network": hours("dense/dense.json"), "searches": hours("rankings/*/record-*.json")}
-    parts |= {"fine-tuning": sum(map(hours, networks)), "cuts": hours("sets/*/cuts.json")}
-    return pd.Series(parts | {"ablations": hours("ablations/ablations.json")}, name=exp.name)
+def computing_hours(exp: Experiment) -> pd.DataFrame:
+    """Hours of computing behind an experiment's results: a row for each hardware, a column for what they went into."""
+    parts = {"dense network": ["dense/dense.json"], "searches": ["rankings/*/record-*.json"]}
+    parts |= {"fine-tuning": [f"sets/*/{target}-*.json" for target in exp.settings.targets]}
+    parts |= {"cuts": ["sets/*/cuts.json"], "ablations": ["ablations/ablations.json"]}
+    rows = []
+    for part, names in parts.items():
+        for path in (path for name in names for path in exp.folder.glob(name)):
+            record = read_json(path, "record of a result")
+            made = f"{record['hardware']}, {record['precision']}, PyTorch {record['torch']}"
+            rows.append({"hardware": made, "part": part, "hours": record["seconds"] / 3600})
+    wide = pd.DataFrame(rows).pivot_table("hours", "hardware", "part", "sum", fill_value=0, sort=False)
+    return wide.reindex(columns=list(parts), fill_value=0)
 
 
 def beside_other_work(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:

@@ -180,6 +180,15 @@ def test_networks_are_those_of_their_own_ranking(project, trained):
     assert work.train_network(exp, "legr", 0.5, 0)["widths"] != first["widths"] and trained == ["train", "train"]
 
 
+def test_the_cost_of_a_set_is_of_one_machine(tmp_path):
+    for trial, (hardware, seconds) in enumerate((("a CPU", 7200), ("a GPU", 36))):
+        write_json(tmp_path / f"rankings/legr/record-{trial}.json", {"hardware": hardware, "seconds": seconds})
+    table = pd.DataFrame({"method": "legr", "hardware": ["a CPU", "a CPU", "a GPU"], "seconds": [3600, 7200, 30]})
+    settings = SimpleNamespace(rankings={"legr": None}, trials=2)
+    cost = tables.set_cost(SimpleNamespace(settings=settings, path=lambda name: tmp_path / name), table)
+    assert cost.set_index("networks")["one search"][2] == 2 + 2 * 1.5 and cost.ratio[0] == 1
+
+
 def test_the_papers_networks_stand_beside_its_own_experiments_only():
     papers = tables.papers_networks(open_experiment("paper", NAME, "compare", root=PROJECT))
     found = papers[papers.network.str.startswith("LeGR")].set_index("mflops").accuracy_percent
