@@ -125,11 +125,13 @@ def test_a_search_on_a_gpu_asks_for_the_same_candidates(gpu, small, digits, sett
         legr.learn_ranking(*small, digits, 0.6, search=search, fitness=kind, compute=compute) for compute in (CPU, CUDA)
     ]
     assert found[0].candidates == found[1].candidates
-    assert found[1].history.loss.tolist() == pytest.approx(found[0].history.loss.tolist(), rel=1e-3)
+    rounding = 1e-2 if kind.steps else 1e-3  # steps of training make more of it: 1.3e-3 on an H200
+    assert found[1].history.loss.tolist() == pytest.approx(found[0].history.loss.tolist(), rel=rounding)
     model, graph = copy.deepcopy(small[0]).to("cuda", memory_format=torch.channels_last), small[1]
     assert all(map(torch.equal, legr.filter_norms(model, graph), legr.filter_norms(*small)))
     fitness = Fitness(model, graph, digits.to("cuda"), [0.6], kind, CUDA)
-    assert fitness(fitness.select(found[0].candidates[0]))["loss"] == pytest.approx(found[0].history.loss[0], rel=1e-3)
+    loss = fitness(fitness.select(found[0].candidates[0]))["loss"]
+    assert loss == pytest.approx(found[0].history.loss[0], rel=rounding)
 
 
 def half(model, graph):
@@ -164,7 +166,7 @@ def test_what_cannot_be_recorded_is_one_sentence_and_runs_without_graphs(gpu, di
     images, recipe = digits.fit[:64].to("cuda"), Recipe(epochs=1, batch_size=8, lr=0.01)
     model = fresh(averaging)
     model(torch.zeros(2, 3, 32, 32))
-    with pytest.raises(legr.UserError, match=r"^a training step .* set compute\.graphs to false: [^\n]*capturing"):
+    with pytest.raises(legr.UserError, match=r"^a training step .* set compute\.graphs to false: [^\n]*captur"):
         train(copy.deepcopy(model), images, recipe, CUDA, seed=0)
     assert train(model, images, recipe, PLAIN, seed=0).train_loss[0] < 4
 
