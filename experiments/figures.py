@@ -138,12 +138,12 @@ def _progress(ax: Axes, histories: Sequence[pd.DataFrame], method: str, shown: f
 
 
 def search(histories: Sequence[pd.DataFrame], method: str, population: int, caption: str) -> Figure:
-    """Each trial's candidates and the best loss so far over evaluations; norm-only's loss as a line."""
+    """Each trial's candidates and the best loss so far over evaluations; norm-only's mean loss as a line."""
     together = pd.concat([h.assign(trial=trial) for trial, h in enumerate(histories)])
     figure, axes = _figure(together[["trial", "evaluation", "loss", "best"]], caption, 7, 4.2)
-    ax, norm = axes[0, 0], histories[0].loss[population - 1]
+    ax, norm = axes[0, 0], np.mean([history.loss[population - 1] for history in histories])
     _progress(ax, histories, method, norm)
-    ax.axhline(norm, color=COLORS["norm"], ls="--", lw=1.2, label=f"norm-only ({norm:.2f})")
+    ax.axhline(norm, color=COLORS["norm"], ls="--", lw=1.2, label=f"norm-only (mean of trials: {norm:.2f})")
     ax.axvspan(0.5, population + 0.5, color="#000000", alpha=0.05, lw=0)
     ax.set(xlabel="evaluation (shaded: initial population)", ylabel="loss on held-out images")
     return _legend(figure)
