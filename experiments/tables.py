@@ -120,27 +120,34 @@ def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:
     return {f"paper {share}": [torch.arange(n) < kept for n, kept in layers] for share, layers in pairs.items()}
 
 
-def beside_authors(exp: Experiment) -> dict[str, list[Tensor]]:
-    """Masks of every method's networks of the first trial, and the authors' at the same FLOPs; empty without theirs."""
+def beside_authors(exp: Experiment) -> dict[str, list[list[Tensor]]]:
+    """Masks of the authors' networks, and at the same FLOPs of every method's: a network of each trial, where it learns.
+
+    Empty where the authors published none.
+    """
     found = {}
     for name, masks in authors_networks(exp).items():
         share = float(name.removeprefix("paper ").strip("%")) / 100
-        found |= {f"{method} at {share:.0%}": exp.select(method, share) for method in exp.methods} | {name: masks}
+        for method in exp.methods:
+            trials = range(exp.settings.trials if METHODS[method].learned else 1)
+            found[f"{method} at {share:.0%}"] = [exp.select(method, share, trial) for trial in trials]
+        found[name] = [masks]
     return found
 
 
-def blocks_kept(exp: Experiment, networks: Mapping[str, Sequence[Tensor]]) -> pd.DataFrame:
-    """What networks keep of MobileNetV2's 17 blocks: outputs that are whole, inner layers at the floor."""
+def blocks_kept(exp: Experiment, networks: Mapping[str, Sequence[Sequence[Tensor]]]) -> pd.DataFrame:
+    """What networks keep of MobileNetV2's 17 blocks: outputs that are whole, inner layers at the floor; by trials."""
     graph, floor = exp.graph, exp.settings.floor
     outputs = [i for i, layer in enumerate(graph.layers) if re.fullmatch(r"features\.\d+\.conv\.\d", layer.name)]
+    inner = [(i - 1, graph.widths[i - 1] - int((1 - floor) * graph.widths[i - 1] + 1e-9)) for i in outputs]
     rows = []
-    for name, kept in networks.items():
-        widths = [int(mask.sum()) for mask in kept]
-        whole = sum(widths[i] == graph.widths[i] for i in outputs)
-        inner = [(widths[i - 1], graph.widths[i - 1]) for i in outputs]
-        at_floor = sum(width == dense - int((1 - floor) * dense + 1e-9) for width, dense in inner)
-        rows.append([name, f"{whole} of {len(outputs)}", f"{at_floor} of {len(outputs)}"])
-    return pd.DataFrame(rows, columns=["network", "block outputs whole", "inner layers at the floor"])
+    for name, trials in networks.items():
+        widths = [[int(mask.sum()) for mask in kept] for kept in trials]
+        whole = ", ".join(str(sum(own[i] == graph.widths[i] for i in outputs)) for own in widths)
+        least = ", ".join(str(sum(own[i] == lowest for i, lowest in inner)) for own in widths)
+        rows.append([name, whole, least])
+    counts = [f"{what}, of {len(outputs)}" for what in ("block outputs whole", "inner layers at the floor")]
+    return pd.DataFrame(rows, columns=["network", *counts])
 
 
 def tuning_curves(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
