@@ -121,7 +121,7 @@ def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:
 
 
 def beside_authors(exp: Experiment) -> dict[str, list[list[Tensor]]]:
-    """Masks of the authors' networks, and at the same FLOPs of every method's: a network of each trial, where it learns.
+    """Masks of every method's networks, one of each trial where it learns, and of the authors' at the same FLOPs.
 
     Empty where the authors published none.
     """
