@@ -175,20 +175,21 @@ def widths(graph: Graph, kept: Mapping[str, Sequence[Tensor]], caption: str) -> 
     for ax, (name, masks) in zip(axes[:, 0], kept.items(), strict=True):
         method, _, target = name.partition(" ")
         bars(ax, data.dense, data[name], method)
-        title = f"{LABELS[method]} {target} · {graph.flops(masks) / 1e6:.1f} MFLOPs (grey: dense)"
+        title = f"{LABELS[method]} {target} · {graph.flops(masks) / 1e6:.1f} MFLOPs (light grey: dense)"
         ax.set_title(title, loc="left", fontsize=11)
         ax.label_outer()
     return figure
 
 
 def search_movie(
-    graph: Graph, tried: Sequence[Sequence[int]], history: pd.DataFrame, method: str, path: str | Path, frames: int = 80
+    graph: Graph, tried: Sequence[Sequence[int]], history: pd.DataFrame, name: str, path: str | Path, frames: int = 80
 ) -> str:
     """The search as a GIF: widths of the candidate on trial over those of the best so far, and its loss.
 
     Args:
         tried: widths [evaluations, layers] of every candidate.
         history: the rows of the search, one for each of `tried`.
+        name: the method and what the title says of it, as in `widths`: "method at 47%".
         path: without its suffix.
         frames: at most so many evaluations are shown, evenly chosen, the last one included.
 
@@ -196,6 +197,7 @@ def search_movie(
         An HTML image element that holds the GIF.
     """
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 4.4), dpi=72, height_ratios=(2, 1))
+    method, _, about = name.partition(" ")
     best_bars = bars(top, graph.widths, graph.widths, method, "best so far")
     (now,) = top.plot(range(1, len(graph.layers) + 1), graph.widths, "_k", ms=6, mew=1.5, label="on trial")
     top.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
@@ -210,7 +212,9 @@ def search_movie(
         dot.set_data([history.evaluation[i]], [history.loss[i]])
         for bar, width in zip(best_bars, tried[history.loss[: i + 1].argmin()], strict=True):
             bar.set_height(width)
-        title.set_text(f"{LABELS[method]} · evaluation {history.evaluation[i]} · best loss {history.best[i]:.3f}")
+        title.set_text(
+            f"{LABELS[method]} {about} · evaluation {history.evaluation[i]} · best loss {history.best[i]:.3f}"
+        )
         figure.canvas.draw()
         images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(64))
     plt.close(figure)

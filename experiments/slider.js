@@ -46,9 +46,10 @@ function curves(run, own, at) {
 }
 
 function show() {
-  const run = data[experiment.value];
+  const run = data[experiment.value], place = slider.value / slider.max;
   options(method, Object.entries(run.methods).map(([name, each]) => [name, each.label]));
   slider.max = run.shares.length - 1;
+  slider.value = Math.round(place * slider.max); // experiments have different numbers of cuts
   const at = slider.max - Math.min(slider.value, slider.max), own = run.methods[method.value];
   said.textContent = `${(100 * run.shares[at]).toFixed(0)}% of the FLOPs`;
   svg.innerHTML = bars(run, own, at) + curves(run, own, at);
@@ -64,6 +65,4 @@ options(experiment, Object.entries(data).map(([name, run]) => [name, run.title])
 for (const control of [experiment, method, slider]) control.addEventListener("input", show);
 slider.max = 1e4;
 slider.value = 1e4 / 2;
-show();
-slider.value = Math.round(slider.max / 2);
 show();

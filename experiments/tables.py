@@ -1,5 +1,7 @@
 """What the stages made, read back and put side by side: tables for the comparison."""
 
+import itertools
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -47,7 +49,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def worded(summary: pd.DataFrame) -> pd.DataFrame:
     """A summary with column names and labels for reading."""
     names = {"mflops": "MFLOPs", "accuracy_before": "as pruned", "accuracy_recalibrated": "recalibrated"}
-    names |= {"accuracy": "fine-tuned", "accuracy_float32": "in float32", "interval": "± 95%"}
+    names |= {"accuracy": "fine-tuned", "accuracy_float32": "before rounding", "interval": "± 95%"}
     shown = summary.round(2).astype(object).fillna("–").rename(columns=names)
     labels = pd.MultiIndex.from_tuples([(f"{t:.0%}", METHODS[m].label) for t, m in shown.index])
     return shown.set_index(labels.set_names(["FLOPs left", "method"]))
@@ -110,6 +112,30 @@ def searches(exp: Experiment, path: Path) -> pd.DataFrame:
     return table[made]
 
 
+def correlations(table: pd.DataFrame, fitness: Sequence[str]) -> pd.DataFrame:
+    """How well each fitness predicts: Spearman's ρ with the accuracy, over all rankings and within each kind.
+
+    The 95% interval is by Fisher's z, with the standard error of Bonett and Wright (Psychometrika 65, 2000). Kinds of
+    fewer than four rankings are left out.
+
+    Args:
+        table: columns target, source, accuracy, and one for each fitness.
+        fitness: its columns to look at.
+    """
+    rows = []
+    for (target, part), column in itertools.product(table.groupby("target"), fitness):
+        kinds = [(source, own) for source, own in part.groupby("source") if len(own) >= 4]
+        for source, own in [("all", part), *kinds]:
+            rho, count = own[[column, "accuracy"]].corr("spearman").iloc[0, 1], len(own)
+            z, half = (
+                math.atanh(0.999 * rho),
+                1.96 * math.sqrt((1 + rho**2 / 2) / (count - 3)) if count > 3 else math.nan,
+            )
+            row = {"target": target, "fitness": column, "rankings of": source, "count": count, "spearman": rho}
+            rows.append(row | {"low": math.tanh(z - half), "high": math.tanh(z + half)})
+    return pd.DataFrame(rows)
+
+
 def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:
     """Masks as wide as the MobileNetV2 networks that the authors published, "paper 70%" and so on; else empty."""
     if exp.settings.model != "mobilenet_v2":
@@ -162,18 +188,21 @@ def tuning_curves(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
 def set_cost(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """Hours for sets of 1 to 7 networks, from measured times: a search for all of them against one for each.
 
-    Where several machines worked, the times are of the one that searched in the first trial.
+    Where several machines worked, the times are of the one that searched in the first trial. Fine-tuning takes the
+    mean over targets of the mean over trials. `lowest` and `highest` are the ratios by the fastest and slowest search.
     """
     rows = []
     for method in exp.settings.rankings:
         names = [f"rankings/{method}/record-{trial}.json" for trial in range(exp.settings.trials)]
         searches = pd.DataFrame([read_json(exp.path(name), "record of a search") for name in names])
         hardware, own = searches.hardware[0], table[table.method == method]
-        search, tuning = (part.seconds[part.hardware == hardware].mean() / 3600 for part in (searches, own))
+        tuning = own[own.hardware == hardware].groupby("target").seconds.mean().mean() / 3600
+        hours = searches.seconds[searches.hardware == hardware] / 3600
         for networks in range(1, 8):
-            one, each = search + networks * tuning, networks * (search + tuning)
-            rows.append({"method": method, "networks": networks, "one search": one, "a search each": each})
-            rows[-1]["ratio"] = each / one
+            one, each = hours + networks * tuning, networks * (hours + tuning)
+            rows.append({"method": method, "hardware": hardware, "networks": networks})
+            rows[-1] |= {"one search": one.mean(), "a search each": each.mean(), "ratio": each.mean() / one.mean()}
+            rows[-1] |= {"lowest": (each / one).min(), "highest": (each / one).max()}
     return pd.DataFrame(rows)
 
 

@@ -1,4 +1,4 @@
-"""Networks of other people: pruned right, left whole in part, or refused in a sentence; never silently wrong."""
+"""Networks of other people: pruned correctly, left whole in part, or refused in a sentence; never silently wrong."""
 
 import copy
 import pickle

@@ -183,7 +183,10 @@ def test_networks_are_those_of_their_own_ranking(project, trained):
 def test_the_cost_of_a_set_is_of_one_machine(tmp_path):
     for trial, (hardware, seconds) in enumerate((("a CPU", 7200), ("a GPU", 36))):
         write_json(tmp_path / f"rankings/legr/record-{trial}.json", {"hardware": hardware, "seconds": seconds})
-    table = pd.DataFrame({"method": "legr", "hardware": ["a CPU", "a CPU", "a GPU"], "seconds": [3600, 7200, 30]})
+    seconds = {0.7: ["a CPU", 3600], 0.5: ["a CPU", 7200], 0.3: ["a GPU", 30]}
+    table = pd.DataFrame(
+        [["legr", t, *row] for t, row in seconds.items()], columns=["method", "target", "hardware", "seconds"]
+    )
     settings = SimpleNamespace(rankings={"legr": None}, trials=2)
     cost = tables.set_cost(SimpleNamespace(settings=settings, path=lambda name: tmp_path / name), table)
     assert cost.set_index("networks")["one search"][2] == 2 + 2 * 1.5 and cost.ratio[0] == 1
@@ -240,3 +243,17 @@ def test_rescaling_brings_layers_to_one_scale_and_changes_no_output():
     medians = torch.stack([c.weight.flatten(1).norm(dim=1).median() for c in convolutions])
     torch.testing.assert_close(medians, torch.ones(52))
     torch.testing.assert_close(model(image), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_correlations_over_all_rankings_and_within_kinds():
+    """Five of one kind are in exactly the order of the loss; their interval stays above −1 all the same."""
+    loss = pd.Series(range(10), dtype=float)
+    table = pd.DataFrame({"target": 0.5, "source": ["legr"] * 5 + ["random"] * 4 + ["norm"], "loss": loss})
+    table["accuracy"] = 1 - loss / 10 + np.array([0.0] * 9 + [0.3])  # the last one is out of order
+    found = tables.correlations(table, ["loss"]).set_index("rankings of")
+    assert found["count"].to_dict() == {"all": 10, "legr": 5, "random": 4}
+    assert found.spearman["legr"] == -1 and -1 < found.low["legr"] < found.high["legr"] < 0
+    rho = table[["loss", "accuracy"]].corr("spearman").iloc[0, 1]
+    assert found.spearman["all"] == rho and found.low["all"] < rho < found.high["all"]
+    half = 1.96 * np.sqrt((1 + rho**2 / 2) / 7)
+    assert np.arctanh(found.high["all"]) - np.arctanh(found.low["all"]) == pytest.approx(2 * half)
