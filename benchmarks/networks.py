@@ -1,4 +1,4 @@
-"""python -m benchmarks.networks: write the table of docs/networks.md, which networks are pruned correctly and by what."""
+"""python -m benchmarks.networks: write the table of docs/networks.md, which networks are pruned correctly."""
 
 import re
 import signal

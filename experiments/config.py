@@ -190,7 +190,7 @@ def read_settings(
 class Key(str):
     """Names a result by everything that made it."""
 
-    equals: frozenset[str]  # the key itself, and those of the same result but for rounding, made on other devices
+    equals: frozenset[str]  # the key itself, and those of the same result but for rounding, made on other machines
 
 
 @functools.cache
@@ -294,18 +294,20 @@ class Experiment:
         augmentation = self.settings.data.augmentation  # the default is left out: keys are older than this line
         changed = [augmentation.model_dump()] if augmentation != Augmentation() else []
 
-        def on(device: str) -> str:
-            compute = self.compute.model_copy(update={"device": device})
+        def by(compute: Compute) -> str:
             return digest([code_digest(), compute.identity(), *given, *changed])
 
-        key = Key(on(self.compute.device))
-        key.equals = frozenset({key, on("cpu"), on("cuda")})
+        auto = self.settings.compute.precision == "auto"
+        precisions = ("bfloat16", "float32") if auto else (self.compute.precision,)
+        others = [Compute(device=d, precision=p) for d in ("cpu", "cuda") for p in precisions]
+        key = Key(by(self.compute))
+        key.equals = frozenset({key, *map(by, others)})
         return key
 
     def kept(self, name: str, key: Key) -> dict[str, Any] | None:
         """The record of an earlier run with this key, now in `out` with its files; None if there is none.
 
-        What another device made in the same precision counts too; its record says which hardware that was.
+        What another device made counts too, in another precision where `auto` chose it; its record names both.
         """
         pipelines = self.root / "results" / self.scale / self.name / self.stage
         for folder in (self.folder / self.stage, pipelines, self.state):

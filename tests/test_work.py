@@ -112,11 +112,14 @@ def test_a_network_is_trained_once_and_its_file_gives_the_recorded_accuracy(proj
     assert trained == ["train"] * 3
 
 
-def test_a_result_of_another_device_in_the_same_precision_is_not_made_again(project):
-    here = opened(project, "sets/norm")
+@pytest.mark.parametrize("setting", ["auto", "float32"])
+def test_a_result_of_another_device_is_not_made_again(project, setting):
+    """Nor one in another precision, where the settings leave that to the machine."""
+    here = opened(project, "sets/norm", {"compute.precision": setting})
+    here.__dict__["compute"] = legr.training.Compute(device="cpu", precision="float32")
     record = here.record("result", here.key("what made it"), [], {"value": 1})
-    for precision, expected in (("float32", record), ("bfloat16", None)):
-        elsewhere = opened(project, "sets/norm")
+    for precision, expected in (("float32", record), ("bfloat16", record if setting == "auto" else None)):
+        elsewhere = opened(project, "sets/norm", {"compute.precision": setting})
         elsewhere.__dict__["compute"] = legr.training.Compute(device="cuda", precision=precision)
         key = elsewhere.key("what made it")
         assert key != record["key"] and elsewhere.kept("result", key) == expected
