@@ -65,10 +65,10 @@ def _figure(data: pd.DataFrame, caption: str, width: float, height: float, rows:
     return figure, axes
 
 
-def _legend(figure: Figure) -> Figure:
+def _legend(figure: Figure, columns: int = 3) -> Figure:
     """Name what the first axes show, above all of them."""
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, [LABELS.get(name, name) for name in names], loc="outside upper center", ncols=3)
+    figure.legend(handles, [LABELS.get(name, name) for name in names], loc="outside upper center", ncols=columns)
     return figure
 
 
@@ -89,7 +89,7 @@ def _curves(ax: Axes, points: pd.DataFrame, joined: bool = True) -> None:
 def _log(ax: Axes) -> None:
     """A logarithmic y axis, with numbers at 1, 2, 5, 10, ..."""
     ax.set(yscale="log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
 
@@ -147,7 +147,7 @@ def search(histories: Sequence[pd.DataFrame], method: str, population: int, capt
     ax.axhline(norm, color=COLORS["norm"], ls="--", lw=1.2, label=f"norm-only ({what}{norm:.2f})")
     ax.axvspan(0.5, population + 0.5, color="#000000", alpha=0.05, lw=0)
     ax.set(xlabel="evaluation (shaded: initial population)", ylabel="loss on held-out images")
-    return _legend(figure)
+    return _legend(figure, columns=2)
 
 
 def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, caption: str) -> Figure:
@@ -391,17 +391,20 @@ def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, capt
 
 
 def tuning(curves: pd.DataFrame, caption: str) -> Figure:
-    """Held-out error over epochs of fine-tuning, a panel for each target: means over trials with 95% intervals.
+    """Held-out error over epochs of fine-tuning, a panel for each target: means over trials, some with 95% intervals.
 
     Args:
         curves: columns method, target, trial, epoch (0: as pruned), val_accuracy.
     """
-    targets = sorted(curves.target.unique(), reverse=True)
+    targets, apart = sorted(curves.target.unique(), reverse=True), -(-curves.epoch.max() // 5)
+    if apart > 1:
+        caption += f" · intervals: every {apart} epochs"  # more of them hide the curves
     figure, axes = _figure(curves, caption, 4 * len(targets), 4.6, columns=len(targets))
     for ax, target in zip(axes[0], targets, strict=True):
         errors = 100 - 100 * curves[curves.target == target].set_index(["method", "epoch"]).val_accuracy
         groups = errors.groupby(level=[0, 1])
         points = pd.DataFrame({"y": groups.mean(), "below": groups.agg(interval)}).reset_index()
+        points["below"] = points.below.where(points.epoch % apart == 0)
         _curves(ax, points.assign(x=points.epoch, above=points.below))
         _log(ax)
         lowest = 0.8 * points.y.clip(lower=0.01).min()  # none may be wrong
