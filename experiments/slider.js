@@ -45,12 +45,16 @@ function curves(run, own, at) {
   return drawn + shape("circle", now) + label(left + width / 2, bottom + 42, "accuracy (%) over FLOPs left");
 }
 
-function show() {
-  const run = data[experiment.value], place = slider.value / slider.max;
+let share = 0.5; // of the FLOPs; kept when the experiment changes
+
+function show(event) {
+  const run = data[experiment.value], last = run.shares.length - 1;
   options(method, Object.entries(run.methods).map(([name, each]) => [name, each.label]));
-  slider.max = run.shares.length - 1;
-  slider.value = Math.round(place * slider.max); // experiments have different numbers of cuts
-  const at = slider.max - Math.min(slider.value, slider.max), own = run.methods[method.value];
+  if (event?.target === slider) share = run.shares[last - slider.value];
+  const distances = run.shares.map((each) => Math.abs(each - share));
+  const at = distances.indexOf(Math.min(...distances)), own = run.methods[method.value];
+  slider.max = last;
+  slider.value = last - at;
   said.textContent = `${(100 * run.shares[at]).toFixed(0)}% of the FLOPs`;
   svg.innerHTML = bars(run, own, at) + curves(run, own, at);
   const rows = Object.values(run.methods).map((each) => {
@@ -63,6 +67,4 @@ function show() {
 
 options(experiment, Object.entries(data).map(([name, run]) => [name, run.title]));
 for (const control of [experiment, method, slider]) control.addEventListener("input", show);
-slider.max = 1e4;
-slider.value = 1e4 / 2;
 show();

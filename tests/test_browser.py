@@ -10,6 +10,8 @@ from contextlib import suppress
 
 import pytest
 
+from tests.conftest import PROJECT
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
@@ -61,6 +63,18 @@ def test_the_slider_of_the_report_moves_the_cut(done, browser):
     assert picture.inner_html() != whole
     page.locator("select").first.select_option("imagenet-mobilenetv2")
     assert picture.locator("rect").count() == 2 * 52
+    page.close()
+
+
+def test_the_slider_keeps_its_share_when_the_experiment_changes(browser):
+    """In the committed report, whose experiments are cut at different shares."""
+    page = browser.new_page()
+    page.goto((PROJECT / "results" / "laptop" / "report" / "index.html").as_uri())
+    slider, said = page.locator("input[type=range]"), page.locator("output")
+    slider.fill(str(int(slider.get_attribute("max")) // 3))
+    before = int(said.inner_text().split("%")[0])
+    page.locator("select").first.select_option("imagenet-mobilenetv2")
+    assert 31 < before < 99 and abs(int(said.inner_text().split("%")[0]) - before) <= 1
     page.close()
 
 
