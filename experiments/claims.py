@@ -49,7 +49,7 @@ def finding(exp: Experiment, method: str = "legr") -> str:
     parts = []
     for plain in (m for m in exp.methods if not METHODS[m].learned):
         found = differences(all_networks(exp), method, plain)
-        words = {1: "ahead of", 0: "not told apart from", -1: "behind"}
+        words = {1: "ahead of", 0: "not distinguishable from", -1: "behind"}
         places = {sign: [f"{t:.0%}" for t, own in zip(found.index, _signs(found), strict=True) if own == sign]
                   for sign in words}  # fmt: skip
         said = [f"{words[sign]} {METHODS[plain].label} at {_listed(places[sign])}" for sign in words if places[sign]]

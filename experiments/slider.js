@@ -17,14 +17,14 @@ function options(select, entries) {
 }
 
 function bars(run, own, at) {
-  const [left, width, bottom, height] = [40, 420, 280, 240], top = Math.max(...run.dense), step = width / run.dense.length;
+  const [left, width, bottom, height] = [64, 396, 280, 240], top = Math.max(...run.dense), step = width / run.dense.length;
   const bar = (n, layer, fill) => {
     const tall = (n / top) * height;
     return shape("rect", { x: left + layer * step, y: bottom - tall, width: 0.85 * step, height: tall, fill });
   };
   const drawn = run.dense.map((n, layer) => bar(n, layer, "#9995") + bar(own.widths[at][layer], layer, own.color));
   const marks = label(left - 6, bottom - height + 4, top, "end") + label(left - 6, bottom, 0, "end");
-  return drawn.join("") + marks + label(left + width / 2, bottom + 42, "filters left in each layer (grey: dense)");
+  return drawn.join("") + marks + label(left + width / 2, bottom + 46, "filters left in each layer (grey: dense)");
 }
 
 function curves(run, own, at) {
@@ -42,7 +42,7 @@ function curves(run, own, at) {
       drawn += shape("circle", { cx: x(mflops), cy: y(accuracy), r: 3.5, fill: each.color });
   }
   const now = { cx: x(own.mflops[at]), cy: y(own.accuracy[at]), r: 7, fill: own.color, stroke: "currentColor" };
-  return drawn + shape("circle", now) + label(left + width / 2, bottom + 42, "accuracy (%) over FLOPs left");
+  return drawn + shape("circle", now) + label(left + width / 2, bottom + 46, "accuracy (%) over FLOPs left");
 }
 
 let share = 0.5; // of the FLOPs; kept when the experiment changes

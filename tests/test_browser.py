@@ -67,13 +67,14 @@ def test_the_slider_of_the_report_moves_the_cut(done, browser):
 
 
 def test_the_slider_keeps_its_share_when_the_experiment_changes(browser):
-    """In the committed report, whose experiments are cut at different shares."""
-    page = browser.new_page()
+    """In the committed report, whose experiments are cut at different shares; its text can be read in the dark."""
+    page = browser.new_page(color_scheme="dark")
     page.goto((PROJECT / "results" / "laptop" / "report" / "index.html").as_uri())
     slider, said = page.locator("input[type=range]"), page.locator("output")
     slider.fill(str(int(slider.get_attribute("max")) // 3))
     before = int(said.inner_text().split("%")[0])
     page.locator("select").first.select_option("imagenet-mobilenetv2")
+    assert page.locator("svg[role=img] text").first.evaluate("t => getComputedStyle(t).fill") == "rgb(255, 255, 255)"
     assert 31 < before < 99 and abs(int(said.inner_text().split("%")[0]) - before) <= 1
     page.close()
 

@@ -70,7 +70,7 @@ def test_a_lead_is_one_that_the_interval_bears_out(experiment):
     uniform, norms, ours = list(verdict)[:3]
     assert (verdict[uniform], verdict[norms], verdict[ours]) == ("reproduced", "partly", "not")
     assert evidence[uniform].startswith("points: 70% +2.00 ± ") and "15% +2.0" in evidence[norms]
-    plainly = "ahead of norm-only at 15%, not told apart from norm-only at 70%; ahead of uniform at 70% and 15%"
+    plainly = "ahead of norm-only at 15%, not distinguishable from norm-only at 70%; ahead of uniform at 70% and 15%"
     assert claims.finding(exp) == f"LeGR (the paper's fitness) is {plainly} of the FLOPs"
 
 
