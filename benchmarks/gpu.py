@@ -140,8 +140,8 @@ def main() -> int:
             found[check.__name__] = {"fine": False, "error": f"{type(error).__name__}: {error}"[:500]}
         found["fine"] &= found[check.__name__].get("fine", True)
         print(f"{check.__name__}: {found[check.__name__]}", file=sys.stderr, flush=True)
-    if name != "cpu" and not tiny:
-        write_json(PATH, found)
+        if name != "cpu" and not tiny:
+            write_json(PATH, found)  # after each check: time on a GPU may be up
     print(json.dumps(found, indent=1))
     return int(not found["fine"])
 

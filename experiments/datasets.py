@@ -67,7 +67,6 @@ class Source:
 
     read: Callable[[DataSettings, Path], Read]  # takes the folder for downloads
     about: str
-    papers: bool = False  # whether the paper reports accuracies on these images
 
 
 def digits(settings: DataSettings, _: Path | None = None) -> Read:
@@ -191,9 +190,9 @@ def _downloaded(dataset: Callable, settings: DataSettings, downloads: Path, **op
 
 DATASETS = {
     "digits": Source(digits, "digits (they show that it runs, and nothing about LeGR)"),
-    "cifar10": Source(cifar10, "CIFAR-10", papers=True),
+    "cifar10": Source(cifar10, "CIFAR-10"),
     "imagenette": Source(imagenette, "Imagenette (10 classes of ImageNet)"),
-    "imagenet": Source(imagenet, "ImageNet", papers=True),
+    "imagenet": Source(imagenet, "ImageNet"),
     "folder": Source(folder, "own images"),
 }
 

@@ -175,7 +175,8 @@ def widths(graph: Graph, kept: Mapping[str, Sequence[Tensor]], caption: str) -> 
     for ax, (name, masks) in zip(axes[:, 0], kept.items(), strict=True):
         method, _, target = name.partition(" ")
         bars(ax, data.dense, data[name], method)
-        title = f"{LABELS[method]} {target} · {graph.flops(masks) / 1e6:.1f} MFLOPs (light grey: dense)"
+        named = f"{LABELS[method]} {target}".strip()
+        title = f"{named} · {graph.flops(masks) / 1e6:.1f} MFLOPs (light grey: dense)"
         ax.set_title(title, loc="left", fontsize=11)
         ax.label_outer()
     return figure
@@ -201,7 +202,7 @@ def search_movie(
     best_bars = bars(top, graph.widths, graph.widths, method, "best so far")
     (now,) = top.plot(range(1, len(graph.layers) + 1), graph.widths, "_k", ms=6, mew=1.5, label="on trial")
     top.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
-    title = top.set_title(" ", loc="left", fontsize=10)
+    title = top.set_title("\n", loc="left", fontsize=10)  # room for two lines
     _progress(bottom, [history], method)
     (dot,) = bottom.plot([], [], "ok", ms=5)
     figure.canvas.draw()
@@ -212,9 +213,8 @@ def search_movie(
         dot.set_data([history.evaluation[i]], [history.loss[i]])
         for bar, width in zip(best_bars, tried[history.loss[: i + 1].argmin()], strict=True):
             bar.set_height(width)
-        title.set_text(
-            f"{LABELS[method]} {about} · evaluation {history.evaluation[i]} · best loss {history.best[i]:.3f}"
-        )
+        state = f"evaluation {history.evaluation[i]} · best loss {history.best[i]:.3f}"
+        title.set_text(f"{LABELS[method]} {about}\n{state}")
         figure.canvas.draw()
         images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(64))
     plt.close(figure)
@@ -326,6 +326,9 @@ def cost(table: pd.DataFrame, papers: Mapping[int, float], caption: str) -> Figu
         ms=8,
         label="from the authors' CIFAR-100 scripts, against AMC",
     )
+    for networks, ratio in papers.items():
+        place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+        axes[1].annotate(f"{ratio:.2f}", (networks, ratio), color=PAPER, **place)
     axes[0].set(xlabel="networks in the set", ylabel="hours (search + fine-tuning)", ylim=(0, None))
     axes[1].set(xlabel="networks in the set", ylabel="a search each / one search", ylim=(0.9, None))
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]]

@@ -86,7 +86,9 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     figures.save(figures.hero(panels, about), out / "hero")
     method = next(name for name in first.methods if METHODS[name].learned)
     target, floor = min(first.settings.rankings[method].flops), first.settings.floor
-    ranking, about = first.ranking(method, 0), f"{first.about} at {target:.0%} FLOPs"
+    ranking = first.ranking(method, 0)
+    about = f"{first.about} at {target:.0%} FLOPs · {METHODS[method].label}, first trial"
+    about += " · coloured below the cut: the layer is at its floor · logarithmic, but linear around zero"
     figures.save(figures.idea(first.graph, first.norms, ranking, target, floor, method, about), out / "idea")
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("report.html.j2").render(
@@ -94,6 +96,7 @@ def _build(experiments: list[Experiment], out: Path) -> None:
         digits=first.settings.data.name == "digits",
         titles=titles,
         findings=findings,
+        rules=claims,
         claims=answers.groupby(["claim", "paper"], sort=False),
         places=places,
         hours=hours.assign(total=hours.sum(axis=1)).round(2),
@@ -129,7 +132,7 @@ def _cuts(exp: Experiment) -> dict[str, Any]:
             "widths": [list(map(int, widths.split())) for widths in own.widths],
             "tuned": [[round(f / 1e6, 2), round(100 * a, 2)] for f, a in tuned.itertuples(index=False)],
         }
-    return {"title": exp.title, "dense": exp.graph.widths, "shares": own.share.tolist(), "methods": methods}
+    return {"title": exp.title, "dense": exp.graph.widths, "shares": cuts.share.unique().tolist(), "methods": methods}
 
 
 def _exporter() -> HTMLExporter:

@@ -127,10 +127,8 @@ def correlations(table: pd.DataFrame, fitness: Sequence[str]) -> pd.DataFrame:
         kinds = [(source, own) for source, own in part.groupby("source") if len(own) >= 4]
         for source, own in [("all", part), *kinds]:
             rho, count = own[[column, "accuracy"]].corr("spearman").iloc[0, 1], len(own)
-            z, half = (
-                math.atanh(0.999 * rho),
-                1.96 * math.sqrt((1 + rho**2 / 2) / (count - 3)) if count > 3 else math.nan,
-            )
+            z = math.atanh(0.999 * rho)
+            half = 1.96 * math.sqrt((1 + rho**2 / 2) / (count - 3)) if count > 3 else math.nan
             row = {"target": target, "fitness": column, "rankings of": source, "count": count, "spearman": rho}
             rows.append(row | {"low": math.tanh(z - half), "high": math.tanh(z + half)})
     return pd.DataFrame(rows)
