@@ -1,9 +1,12 @@
 """Files and mistakes: whole files or none, names for what a result depends on, settings, and the users' exception."""
 
 import hashlib
+import inspect
 import io
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
+from torch import fx, nn
 
 
 class UserError(ValueError):
@@ -77,6 +81,57 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def code_digest(*folders: Path) -> str:
+    """Short SHA-256 of all Python files in `folders`; without folders, of this library's."""
+    folders = folders or (Path(__file__).parent,)
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+
+
+def computation(model: nn.Module) -> list[str]:
+    """What a network computes beyond its weights, as text that is the same in every process.
+
+    That is the traced code of a torch.fx.GraphModule, the public attributes of all modules (training modes are among
+    them), the source of classes that are not PyTorch's, and the names of the parameters that are trained.
+    """
+    modules = list(model.named_modules())
+    kinds = {kind for _, module in modules for kind in type(module).__mro__}
+    kinds = {kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "builtins")}
+    text = [module.code for _, module in modules if isinstance(module, fx.GraphModule)]
+    for path, module in modules:
+        public = sorted((name, repr(value)) for name, value in vars(module).items() if not name.startswith("_"))
+        text.append(f"{path} {type(module).__qualname__} {public}")
+    text += sorted(map(source, kinds))
+    text += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [re.sub(" at 0x[0-9a-f]+", "", part) for part in text]
+
+
+def source(kind: type) -> str:
+    """The source of a class; where Python has none, as of a class typed at a prompt, the bytecode of its methods."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        codes = {name: method.__code__ for name, method in vars(kind).items() if inspect.isfunction(method)}
+        return repr([(name, code.co_code, code.co_names, code.co_consts) for name, code in sorted(codes.items())])
+
+
+def state_path(folder: str | Path, kind: str, given: list[Any], computed_by: list[Any], suffix: str) -> Path:
+    """The file for the state of interrupted work, which is named by everything that the work depends on.
+
+    Where the folder has state of the same work by other code or another network, one line on stderr says that it is
+    not continued.
+
+    Args:
+        given: settings and digests of inputs.
+        computed_by: the code and the network, see `code_digest` and `computation`.
+    """
+    name, folder = f"{kind}-{digest(given)}", Path(folder)
+    path = folder / f"{name}-{digest(computed_by)}{suffix}"
+    if not path.exists() and any(folder.glob(f"{name}-*{suffix}")):
+        print(f"{folder}: a {kind} begun by other code or with another network starts anew", file=sys.stderr)
+    return path
 
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:

@@ -14,7 +14,16 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from legr.data import Dataset
-from legr.files import Settings, UserError, digest, tensors_digest, write_json
+from legr.files import (
+    Settings,
+    UserError,
+    code_digest,
+    computation,
+    source,
+    state_path,
+    tensors_digest,
+    write_json,
+)
 from legr.fitness import Fitness, FitnessSettings
 from legr.graph import Graph
 from legr.ranking import FLOOR, Ranking
@@ -113,7 +122,7 @@ def learn_ranking(
     model: nn.Module,
     graph: Graph,
     data: Dataset,
-    flops: float | Sequence[float] = 0.47,
+    targets: float | Sequence[float] = 0.47,
     *,
     search: SearchSettings | None = None,
     fitness: FitnessSettings | None = None,
@@ -129,25 +138,27 @@ def learn_ranking(
 
     Args:
         data: candidates are judged on `data.holdout`; recalibration and steps use `data.fit`.
-        flops: the fraction of the dense FLOPs at which candidates are judged; with several, see `Fitness`.
+        targets: the fraction of the dense FLOPs at which candidates are judged; with several, see `Fitness`.
         floor: the fraction of each layer that stays at least.
         start: a ranking to search on from; None starts with random ones, as the paper does.
-        state_folder: where the fitness of every network is noted, in a file whose name is made of everything that
-            the result depends on. A search found there is replayed from its start, without evaluating again.
+        state_folder: where the fitness of every network is noted, in a file whose name is made of all that the result
+            depends on, this library's code and what the network computes included. A search found there is replayed
+            from its start, without evaluating again.
         log: called with every evaluation's row of `history`, replayed ones included.
 
     Raises:
         UserError: the file in `state_folder` is corrupt.
     """
     search, compute = search or SearchSettings(), (compute or Compute()).resolve()
-    targets = np.atleast_1d(flops).tolist()
+    targets = np.atleast_1d(targets).tolist()
     judge = Fitness(model, graph, data, targets, fitness or FitnessSettings(), compute, floor, search.seed)
     judged: dict[str, dict[str, float]] = {}  # by what is kept: loss, accuracy and the seconds that they took
     path = None
     if state_folder is not None:
         given = [tensors_digest(model.state_dict()), data.digest(), data.train.augmentation.model_dump(), targets]
-        given += [search.model_dump(), judge.settings.model_dump(), compute.identity(), floor, start and vars(start)]
-        path = Path(state_folder) / f"judged-{digest(given)}.json"
+        given += [search.model_dump(), judge.settings.model_dump(), compute.model_dump(), floor, start and vars(start)]
+        computed_by = [code_digest(), source(type(data.train)), computation(model), str(graph.traced)]
+        path = state_path(state_folder, "search", given, computed_by, ".json")
         judged = _read(path)
 
     evolution = Evolution(judge.norms, search, start)

@@ -21,7 +21,17 @@ from torch.optim import SGD
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from legr.data import Images
-from legr.files import Settings, UserError, digest, load_state, save_state, tensors_digest
+from legr.files import (
+    Settings,
+    UserError,
+    code_digest,
+    computation,
+    load_state,
+    save_state,
+    source,
+    state_path,
+    tensors_digest,
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Log = Callable[[dict[str, Any]], None]  # takes one row of numbers
@@ -316,8 +326,8 @@ def train(
     Args:
         model: moved to the device, channels last.
         images: training images, on `compute.device`.
-        state_folder: where a checkpoint is written after every epoch, under a name made of
-            everything that the result depends on; a training found there is continued.
+        state_folder: where a checkpoint is written after every epoch, under a name made of all that the result depends
+            on, this library's code and what the network computes included; a training found there is continued.
         validation: evaluated after every epoch when given.
         log: called with every finished epoch's row.
 
@@ -331,9 +341,10 @@ def train(
     model.to(compute.device, memory_format=torch.channels_last)
     checkpoint = state = None
     if state_folder is not None:
-        given = [tensors_digest(model.state_dict()), images.digest(), images.augmentation.model_dump()]
-        given += [seed, validation is not None, recipe.model_dump(), compute.identity()]
-        checkpoint = Path(state_folder) / f"train-{digest(given)}.pt"
+        given = [tensors_digest(model.state_dict()), images.digest(), images.augmentation.model_dump(), seed]
+        given += [recipe.model_dump(), compute.model_dump(), validation and validation.digest()]
+        computed_by = [code_digest(), source(type(images)), computation(model)]
+        checkpoint = state_path(state_folder, "training", given, computed_by, ".pt")
         state = load_state(checkpoint)
     step, rows = Step(model, recipe, compute, int(images.labels.max())), []
     if state:

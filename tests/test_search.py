@@ -6,6 +6,7 @@ import torch
 from pydantic import ValidationError
 
 import legr
+from legr import search as search_module
 from legr.fitness import Fitness, FitnessSettings
 from legr.search import Evolution, SearchSettings, learn_ranking
 
@@ -113,6 +114,33 @@ def test_interrupted_at_every_network_it_ends_with_the_same_ranking(
         path.write_bytes(spoilt)
         with pytest.raises(legr.UserError, match="search state .* is corrupt; delete it"):
             search()
+
+
+class Activated(torch.nn.Sequential):
+    """Of the same weights with each activation."""
+
+    def __init__(self, activation):
+        conv = torch.nn.Conv2d(3, 8, 3, 2), torch.nn.Conv2d(8, 8, 3, 2)
+        super().__init__(conv[0], activation, conv[1], activation, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                         torch.nn.Linear(8, 10))  # fmt: skip
+
+
+def test_what_a_search_of_another_network_or_by_other_code_noted_is_not_replayed(
+    digits, compute, tmp_path, monkeypatch
+):
+    def histories(activation, folder):
+        torch.manual_seed(0)
+        model = Activated(activation).eval()
+        return learned((model, legr.trace(model, torch.zeros(1, 3, 32, 32))), digits, compute, folder)[2]
+
+    judge, judged = Fitness.__call__, []
+    monkeypatch.setattr(Fitness, "__call__", lambda self, n: (judged.append(n), judge(self, n))[1])
+    relu, silu = histories(torch.nn.ReLU(), tmp_path), histories(torch.nn.SiLU(), tmp_path)
+    assert relu != silu and silu == histories(torch.nn.SiLU(), None)
+    before = len(judged)
+    assert histories(torch.nn.ReLU(), tmp_path) == relu and len(judged) == before
+    monkeypatch.setattr(search_module, "code_digest", lambda: "other")
+    assert histories(torch.nn.ReLU(), tmp_path) == relu and len(judged) > before
 
 
 def test_a_network_that_comes_again_is_evaluated_once(small, digits, compute, monkeypatch):

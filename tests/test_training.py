@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import legr
+from legr import training
 from legr.data import Normalization
 from legr.files import tensors_digest
 from legr.models import CifarResNet
@@ -69,6 +70,52 @@ def test_a_training_interrupted_after_any_epoch_ends_the_same(digits, compute, t
         assert tensors_digest(resumed.state_dict()) == tensors_digest(whole.state_dict())
     options["seed"] = 4
     assert not train(fresh(make), part, recipe, compute, **options).drop(columns="seconds").equals(expected)
+
+
+class Dropping(nn.Sequential):
+    """The same weights, and another computation by a number that the modules' names do not show."""
+
+    def __init__(self, p):
+        super().__init__(CifarResNet(1))
+        self.p = p
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), self.p, self.training)
+
+
+def frozen(model):
+    model[0].conv1.weight.requires_grad = False
+    return model
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Dropping(0.5), lambda: frozen(Dropping(0)), lambda: traced(Dropping(0))],
+    ids=["another dropout", "a frozen layer", "traced"],
+)  # fmt: skip
+def test_a_training_of_a_network_that_computes_something_else_starts_anew(digits, compute, tmp_path, capsys, make):
+    part, recipe = digits.fit[:64], Recipe(epochs=1, batch_size=32, lr=0.05)
+    train(fresh(lambda: Dropping(0)), part, recipe, compute, seed=0, state_folder=tmp_path)
+    seen = []
+    train(fresh(lambda: Dropping(0)), part, recipe, compute, seed=0, state_folder=tmp_path, log=seen.append)
+    assert not seen and not capsys.readouterr().err  # the same network is not trained again
+    train(fresh(make), part, recipe, compute, seed=0, state_folder=tmp_path, log=seen.append)
+    assert len(seen) == 1
+    assert (
+        capsys.readouterr().err.strip()
+        == f"{tmp_path}: a training begun by other code or with another network starts anew"
+    )
+
+
+def traced(model):
+    return torch.fx.symbolic_trace(model)
+
+
+def test_a_training_begun_by_other_code_starts_anew(digits, compute, tmp_path, monkeypatch):
+    part, recipe, seen = digits.fit[:64], Recipe(epochs=1, batch_size=32, lr=0.05), []
+    for code in ("this", "other", "this"):
+        monkeypatch.setattr(training, "code_digest", lambda code=code: code)
+        train(fresh(), part, recipe, compute, seed=0, state_folder=tmp_path, log=seen.append)
+    assert len(seen) == 2
 
 
 def test_training_learns(digits, compute):
