@@ -7,6 +7,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: repro test install lint lab bench gpu-check
 repro: install
+	@test -e .git || (echo "No git here (a zip archive?): DVC runs without it. What docs/tweaking.md does needs git clone."; \
+	  dvc config --local core.no_scm true)
 	dvc repro
 	@echo "All notebooks on one page: results/$$(sed -n 's/^scale: *\([a-z]*\).*/\1/p' params.yaml)/report/index.html"
 

@@ -86,6 +86,8 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
     part = fresh(state / "part")
     parameters = {"scale": scale, "experiment": experiment, "results": "results"}
     os.environ |= KEEP_MEMORY | os.environ
+    # Kernel and workers run the code of this folder, whatever is installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     warnings.filterwarnings("ignore", module="papermill|nbclient|jupyter")
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:

@@ -140,7 +140,7 @@ def one_ranking_serves(exp: Experiment) -> Answer:
 
 def lowest_is_enough(exp: Experiment) -> Answer:
     """The ranking learned at the lowest count, less one learned where it is used."""
-    wide = _answers(exp, "flops")
+    wide = _answers(exp, "targets")
     counts = sorted((float(name.strip("%")) / 100, name) for name in wide if "," not in name)
     lowest = counts[0][1] if counts else ""
     used = [(target, name) for target, name in counts[1:] if target in wide.index]
@@ -158,7 +158,7 @@ def few_steps_are_enough(exp: Experiment) -> Answer:
     if len(fewer) < 2:
         return "untested", ""
     few = max((steps for steps in fewer if 0 < steps <= 50), default=fewer[1])
-    judged = f", judged at {_listed([f'{target:.0%}' for target in exp.settings.ablations.search.flops])}"
+    judged = f", judged at {_listed([f'{target:.0%}' for target in exp.settings.ablations.search.targets])}"
     return _one_search_each(exp, wide[str(few)] - wide[str(most)], f"{few} steps minus {most}", judged)
 
 

@@ -1,10 +1,6 @@
 """params.yaml and folders: what an experiment may say, and `open_experiment`, with which every notebook begins."""
 
 import functools
-import hashlib
-import os
-import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +17,9 @@ import legr
 from experiments import datasets
 from experiments.methods import METHODS
 from legr import models
-from legr.data import Augmentation, Dataset
+from legr.data import Dataset
 from legr.files import Settings as Section
-from legr.files import UserError, digest, read_json, tensors_digest, write_json
+from legr.files import UserError, code_digest, read_json, tensors_digest
 from legr.fitness import FitnessSettings
 from legr.ranking import FLOOR
 from legr.search import SearchSettings
@@ -48,7 +44,7 @@ class DenseSettings(Section):
 class RankingSettings(Section):
     """How a learned method finds its ranking."""
 
-    flops: Annotated[tuple[Target, ...], Field(min_length=1)]  # where candidates are judged; several: their mean
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)]  # where candidates are judged; several: their mean
     start: Literal["norm"] | None = None  # "norm": search on from norm-only; None: from random rankings
     search: SearchSettings = SearchSettings()
     fitness: FitnessSettings = FitnessSettings()
@@ -77,7 +73,7 @@ class AblationSettings(Section):
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1,)
     fitness: dict[str, FitnessSettings]  # a name for figures: what is measured
     search: RankingSettings  # of which `vary` changes one setting at a time
-    vary: Annotated[dict[str, tuple[Any, ...]], Field(min_length=1)]  # values of "flops", "fitness.steps", ...
+    vary: Annotated[dict[str, tuple[Any, ...]], Field(min_length=1)]  # values of "targets", "fitness.steps", ...
     evaluations: tuple[PositiveInt, ...] = ()  # the methods' searches, stopped after so many
 
     @model_validator(mode="after")
@@ -187,17 +183,19 @@ def read_settings(
     return settings.model_copy(update={"rankings": rankings}), methods
 
 
-class Key(str):
-    """Names a result by everything that made it."""
+def code() -> str:
+    """Names the code that runs, of library and experiments."""
+    return code_digest(Path(legr.__file__).parent, Path(__file__).parent)
 
-    equals: frozenset[str]  # the key itself, and those of the same result but for rounding, made on other machines
 
-
-@functools.cache
-def code_digest() -> str:
-    """Names the code that results depend on: everything in legr/, and the work of a stage."""
-    files = [*sorted(Path(legr.__file__).parent.glob("*.py")), Path(__file__).with_name("work.py")]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
+def check_code(root: Path) -> None:
+    """Raise UserError if what was imported is not the code of the project's folder."""
+    for path in (Path(legr.__file__).parent, Path(__file__).parent):
+        if path.resolve() != (root / path.name).resolve():
+            raise UserError(
+                f"results is 'results', which only the code in {root} may write, and {path.name} was imported from "
+                f"{path.parent}; start with python -m experiments (or dvc repro) in {root}, or set PYTHONPATH to it"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +216,11 @@ class Experiment:
         return self.root / self.results / self.scale / self.name
 
     @property
+    def pipelines(self) -> Path:
+        """The experiment's folder of the pipeline's results."""
+        return self.root / "results" / self.scale / self.name
+
+    @property
     def state(self) -> Path:
         """What an interrupted stage resumes from."""
         return self.root / ".state" / self.results / self.scale / self.name / self.stage
@@ -232,7 +235,7 @@ class Experiment:
     def path(self, relative: str) -> Path:
         """A file or folder of an earlier stage: of this results folder, or else of the pipeline's."""
         own = self.folder / relative
-        return own if own.exists() else self.root / "results" / self.scale / self.name / relative
+        return own if own.exists() else self.pipelines / relative
 
     @property
     def images(self) -> Path:
@@ -243,9 +246,9 @@ class Experiment:
         return datasets.load(self.images, self.settings.data)
 
     @functools.cached_property
-    def inputs(self) -> list[str]:
+    def inputs(self) -> dict[str, str]:
         """Digests of the images and of the dense network, for keys."""
-        return [self.data.digest(), tensors_digest(self.model.state_dict())]
+        return {"images": self.data.digest(), "dense": tensors_digest(self.model.state_dict())}
 
     @functools.cached_property
     def compute(self) -> Compute:
@@ -289,46 +292,6 @@ class Experiment:
         ranking = self.ranking(method, trial)
         return METHODS[method].select(self.graph, self.norms, ranking, target, self.settings.floor)
 
-    # Results that carry the key of everything that made them ------------------------------
-    def key(self, *given: Any) -> Key:
-        augmentation = self.settings.data.augmentation  # the default is left out: keys are older than this line
-        changed = [augmentation.model_dump()] if augmentation != Augmentation() else []
-
-        def by(compute: Compute) -> str:
-            return digest([code_digest(), compute.identity(), *given, *changed])
-
-        auto = self.settings.compute.precision == "auto"
-        precisions = ("bfloat16", "float32") if auto else (self.compute.precision,)
-        others = [Compute(device=d, precision=p) for d in ("cpu", "cuda") for p in precisions]
-        key = Key(by(self.compute))
-        key.equals = frozenset({key, *map(by, others)})
-        return key
-
-    def kept(self, name: str, key: Key) -> dict[str, Any] | None:
-        """The record of an earlier run with this key, now in `out` with its files; None if there is none.
-
-        What another device made counts too, in another precision where `auto` chose it; its record names both.
-        """
-        pipelines = self.root / "results" / self.scale / self.name / self.stage
-        for folder in (self.folder / self.stage, pipelines, self.state):
-            path = folder / f"{name}.json"
-            record = read_json(path, "record of a result") if path.exists() else {}
-            if record.get("key") in key.equals and all((folder / file).exists() for file in record["files"]):
-                for file in [path.name, *record["files"]]:
-                    if not (self.out / file).exists() or not (folder / file).samefile(self.out / file):
-                        shutil.copy(folder / file, self.out / file)
-                return record
-        return None
-
-    def record(self, name: str, key: Key, files: list[str], values: dict[str, Any]) -> dict[str, Any]:
-        """Note in the state folder that `files`, which lie there, are whole; an interrupted stage finds them."""
-        hardware = f"{platform.machine()}, {os.cpu_count()} cores"
-        if self.compute.device.startswith("cuda"):
-            hardware = torch.cuda.get_device_name(self.compute.device)
-        made = {**self.compute.model_dump(), "hardware": hardware, "torch": torch.__version__.split("+")[0]}
-        write_json(self.state / f"{name}.json", {"key": key, "files": files, **values, **made})
-        return self.kept(name, key)
-
     # For captions --------------------------------------------------------------------------
     @property
     def title(self) -> str:
@@ -370,7 +333,14 @@ def open_experiment(
         results: "results" is the pipeline's; another folder is to play in, and what it lacks is read from there.
         overrides: settings to change, such as {"finetune.recipe.epochs": 2}.
         root: the project; None looks for it here and in the folders above.
+
+    Raises:
+        UserError: settings are wrong; the images have changed since they were read; or `results` is the pipeline's and
+            the code that runs is not this project's.
     """
     root = root or find_root()
+    if results == "results":
+        check_code(root)
     settings, methods = read_settings(root, scale, experiment, overrides)
+    datasets.check_unchanged(settings.data, root / f"data/{scale}/{experiment}.pt")
     return Experiment(scale, experiment, stage, results, overrides or {}, root, settings, methods)

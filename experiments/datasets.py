@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from legr.data import Augmentation, Batches, Dataset, Images, Normalization, check_channels, hold_out, shrunk
-from legr.files import Settings, UserError, digest, load_state, save_state, tensors_digest
+from legr.files import Settings, UserError, digest, load_state, read_json, save_state, tensors_digest, write_json
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -139,8 +139,15 @@ def folder(settings: DataSettings, _: Path | None = None) -> Read:
             ) from None
         names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in samples])
         names = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))
-        given = (names, torch.tensor([label for _, label in samples]), settings.shape, settings.augmentation)
-        files = Files(str(split.absolute()), *given, settings.normalization)
+        files = Files(
+            str(split.absolute()),
+            names,
+            labels=torch.tensor([label for _, label in samples]),
+            sizes=torch.tensor([os.path.getsize(path) for path, _ in samples]),
+            shape=settings.shape,
+            augmentation=settings.augmentation,
+            normalization=settings.normalization,
+        )
         parts.append((classes, files if settings.stream else files.load()))
     if parts[0][0] != parts[1][0]:
         odd = sorted(set(parts[0][0]) ^ set(parts[1][0]))
@@ -208,6 +215,7 @@ class Files(torch.utils.data.Dataset):
     root: str
     names: Tensor
     labels: Tensor
+    sizes: Tensor  # of the files in bytes, int64 [N]
     shape: tuple[int, int, int]  # channels, height and width
     augmentation: Augmentation = field(default_factory=Augmentation)
     normalization: Normalization = field(default_factory=Normalization)
@@ -229,7 +237,7 @@ class Files(torch.utils.data.Dataset):
             fit = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
             image = fit if self.transform is None else self.transform(image)
             return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1), self.labels[index]
-        return replace(self, names=self.names[index], labels=self.labels[index])
+        return replace(self, names=self.names[index], labels=self.labels[index], sizes=self.sizes[index])
 
     def to(self, device: str | torch.device) -> "Files":
         return replace(self, device=torch.device(device))
@@ -240,7 +248,7 @@ class Files(torch.utils.data.Dataset):
         return Images(pixels, self.labels, self.augmentation, self.normalization).to(self.device)
 
     def digest(self) -> str:
-        names = tensors_digest({"names": self.names, "labels": self.labels})
+        names = tensors_digest({"names": self.names, "labels": self.labels, "sizes": self.sizes})
         return digest([names, self.shape, self.normalization.model_dump()])
 
     def batches(self, size: int) -> Batches:
@@ -291,14 +299,54 @@ def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
     """Read the images and write them as one file; of images that are streamed, their names.
 
     A folder named in `settings` comes first, then the environment variable LEGR_<NAME>, then torchvision's download.
+    What the folder held is noted in a file beside `path`, for `check_unchanged`.
     """
+    source = _folder_of(settings)
+    held = {"folder": os.path.abspath(Path(source).expanduser()), "files": _contents(source)} if source else {}
     classes, train, test = DATASETS[settings.name].read(settings, downloads)
     state = {"settings": settings.model_dump(), "classes": classes}
     state["holdout"] = hold_out(train.labels, settings.holdout, settings.seed)
     for split, images in {"train": train, "test": test}.items():
-        kept = ("root", "names", "labels", "shape") if isinstance(images, Files) else ("pixels", "labels")
+        kept = ("root", "names", "labels", "sizes", "shape") if isinstance(images, Files) else ("pixels", "labels")
         state[split] = {name: getattr(images, name) for name in kept}
     save_state(path, state)
+    write_json(path.with_suffix(".json"), held)
+
+
+def _contents(folder: str) -> str:
+    """Names a folder's files by their paths, sizes and times of change."""
+    root, facts, seen = Path(folder).expanduser(), [], set()
+    for here, folders, files in os.walk(root, followlinks=True):
+        if os.path.realpath(here) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        folders.sort()
+        for path in (os.path.join(here, name) for name in sorted(files)):
+            stat = os.stat(path, follow_symlinks=os.path.exists(path))
+            facts.append((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns))
+    return digest(facts)
+
+
+def check_unchanged(settings: DataSettings, path: Path) -> None:
+    """Raise UserError if the folder of images is not as it was when `prepare` wrote `path`.
+
+    That is the folder that is named now (see `prepare`); where none is, the one that was read, if it is still there.
+    """
+    note = path.with_suffix(".json")
+    if not path.exists() or not note.exists():
+        return
+    held = read_json(note, "folder that images were read from")
+    source = _folder_of(settings) or held.get("folder")
+    if source is None or (not _folder_of(settings) and not Path(source).is_dir()):
+        return
+    if not held or _contents(source) != held["files"]:
+        stage = f"data@{path.parent.name}-{path.stem}"
+        read = f"they were read from {held['folder']}" if held else "they were downloaded"
+        raise UserError(
+            f"images in {source} are not those in {path} ({read}, and files, sizes or times differ); "
+            f"prepare them anew: dvc repro -f -s {stage}"
+        )
 
 
 def load(path: Path, settings: DataSettings) -> Dataset:

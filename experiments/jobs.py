@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from experiments import KEEP_MEMORY
-from experiments.config import Experiment, open_experiment
+from experiments.config import Experiment, code, open_experiment
 from legr.files import UserError
 
 ATTEMPTS = 3  # a job whose worker dies is tried again
@@ -44,7 +44,7 @@ class Jobs:
             done.set_result(function(exp, *arguments))
             return done
         address = (str(exp.root), exp.scale, exp.name, exp.stage, exp.results, json.dumps(exp.overrides))
-        return self.client.submit(_work, function, address, arguments, pure=False, retries=ATTEMPTS - 1)
+        return self.client.submit(_work, function, address, arguments, code(), pure=False, retries=ATTEMPTS - 1)
 
     def run(self, function: Callable, each: Iterable[tuple], what: str) -> list[Any]:
         """Results of `function(experiment, *arguments)` for all of `each`, in order."""
@@ -82,8 +82,11 @@ def _reopened(root: str, scale: str, name: str, stage: str, results: str, overri
     return open_experiment(scale, name, stage, results, json.loads(overrides), Path(root))
 
 
-def _work(function: Callable, address: tuple[str, ...], arguments: tuple) -> Any:
+def _work(function: Callable, address: tuple[str, ...], arguments: tuple, code_of_job: str) -> Any:
     """On a worker."""
+    if code() != code_of_job:
+        here, there = Path(__file__).parent.parent, address[0]
+        raise UserError(f"a worker has other code (in {here}) than the job from {there}; start workers with its code")
     exp = _reopened(*address)
     torch.set_num_threads(1)
     return function(exp, *arguments)

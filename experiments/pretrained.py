@@ -2,14 +2,15 @@
 
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.config import Experiment
 from legr import models
-from legr.files import UserError, tensors_digest
+from legr.files import UserError, read_json, tensors_digest
 
 # Outputs of an ImageNet classifier (1,000 classes, sorted by WordNet id) that are the classes of Imagenette.
 IMAGENETTE = {
@@ -18,18 +19,13 @@ IMAGENETTE = {
 }  # fmt: skip
 
 
-def start(model: nn.Module, exp: Experiment) -> dict[str, str]:
-    """Fill `model` from `dense.weights`: "torchvision", or a file, relative to the project or absolute.
+def read(exp: Experiment) -> dict[str, Tensor]:
+    """The state dict of `dense.weights`: "torchvision", or a file, relative to the project or absolute.
 
     The environment variable LEGR_<MODEL> (LEGR_MOBILENET_V2) names a file that replaces torchvision's download.
     Where the images are Imagenette's, an ImageNet classifier keeps just their outputs.
-
-    Returns:
-        What was loaded, for the record: its name and its tensors' digest.
     """
-    settings, name = exp.settings.dense, exp.settings.model
-    variable = f"LEGR_{name.upper()}"
-    path = os.environ.get(variable) if settings.weights == "torchvision" else settings.weights
+    path = _file(exp)
     try:
         if path:
             state = models.read_weights(exp.root / Path(path).expanduser())
@@ -37,18 +33,53 @@ def start(model: nn.Module, exp: Experiment) -> dict[str, str]:
             from torchvision.models import get_model_weights
 
             options = {"model_dir": str(exp.root / "data/downloads"), "check_hash": True, "weights_only": True}
-            state = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(**options)
-        if set(exp.data.classes) <= IMAGENETTE.keys():
-            rows = [IMAGENETTE[wordnet_id] for wordnet_id in exp.data.classes]
-            state |= {key: value[rows] for key, value in state.items() if value.shape[:1] == (1000,)}
-        models.fill(model, state, path or "of torchvision")
+            state = get_model_weights(exp.settings.model)["IMAGENET1K_V1"].get_state_dict(**options)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        what = f"dense.weights is {settings.weights!r} and can't be used ({reason})"
-        raise UserError(f"{what}; set it, or {variable}, to a weights file") from None
-    if settings.rescale:
+        raise _refused(exp, error) from None
+    if set(exp.data.classes) <= IMAGENETTE.keys():
+        rows = [IMAGENETTE[wordnet_id] for wordnet_id in exp.data.classes]
+        state |= {key: value[rows] for key, value in state.items() if value.shape[:1] == (1000,)}
+    return state
+
+
+def start(model: nn.Module, exp: Experiment) -> dict[str, str]:
+    """Fill `model` with what `read` gives, brought to one scale where the settings say so; its name, for the record."""
+    path, state = _file(exp), read(exp)
+    try:
+        models.fill(model, state, path or "of torchvision")
+    except UserError as error:
+        raise _refused(exp, error) from None
+    if exp.settings.dense.rescale:
         rescale(model)
-    return {"weights": Path(path).name if path else "torchvision IMAGENET1K_V1", "digest": tensors_digest(state)}
+    return {"weights": Path(path).name if path else "torchvision IMAGENET1K_V1"}
+
+
+def weights_digest(exp: Experiment) -> str:
+    """Names the weights by their content; where they can't be had, as the record of the dense network does."""
+    try:
+        return tensors_digest(read(exp))
+    except UserError as error:
+        path = exp.path("dense/dense.json")
+        made_of = read_json(path, "record of the dense network").get("made_of", {}) if path.exists() else {}
+        if "weights" not in made_of.get("inputs", {}):
+            raise
+        print(f"{error}; they are taken to be those of {path.relative_to(exp.root)}", file=sys.stderr)
+        return made_of["inputs"]["weights"]
+
+
+def _file(exp: Experiment) -> str | None:
+    weights = exp.settings.dense.weights
+    return os.environ.get(_variable(exp)) if weights == "torchvision" else weights
+
+
+def _variable(exp: Experiment) -> str:
+    return f"LEGR_{exp.settings.model.upper()}"
+
+
+def _refused(exp: Experiment, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    what = f"dense.weights is {exp.settings.dense.weights!r} and can't be used ({reason})"
+    return UserError(f"{what}; set it, or {_variable(exp)}, to a weights file")
 
 
 @torch.no_grad()

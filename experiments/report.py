@@ -85,7 +85,7 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     about = " | ".join([f"{first.scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
     figures.save(figures.hero(panels, about), out / "hero")
     method = next(name for name in first.methods if METHODS[name].learned)
-    target, floor = min(first.settings.rankings[method].flops), first.settings.floor
+    target, floor = min(first.settings.rankings[method].targets), first.settings.floor
     ranking = first.ranking(method, 0)
     about = f"{first.about} at {target:.0%} FLOPs · {METHODS[method].label}, first trial"
     about += " · coloured below the cut: the layer is at its floor · logarithmic, but linear around zero"

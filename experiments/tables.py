@@ -6,16 +6,18 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 import legr
+from experiments import latency
 from experiments.config import Experiment
 from experiments.figures import interval
-from experiments.latency import measure
 from experiments.methods import METHODS
+from experiments.records import hardware, made_of, masks_digest, measure, measurements, pack, said
 from legr import models
 from legr.files import UserError, read_json
 
@@ -34,7 +36,7 @@ def all_networks(exp: Experiment) -> pd.DataFrame:
     if len(epochs := {row["epochs"] for row in rows}) > 1:
         found = f"{sorted(epochs)} epochs; give all methods the same (notebook 3)"
         raise UserError(f"networks that are to be compared were fine-tuned for {found}")
-    return pd.DataFrame(rows).drop(columns=["key", "files", "widths"], errors="ignore")
+    return pd.DataFrame(rows).drop(columns=["key", "made_of", "files", "widths"], errors="ignore")
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -95,13 +97,27 @@ def latencies(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """Of the published networks and the dense one: the columns of `latency.measure`, and method, target and FLOPs."""
     rows = table[table.trial == 0]
     rows = rows.set_index(rows.method + "-" + rows.target.astype(str))
-    networks = {name: network(exp, row.method, row.target) for name, row in rows.iterrows()} | {"dense": exp.model}
-    networks = {name: part.to(exp.compute.device) for name, part in networks.items()}
-    settings = exp.settings.latency
-    times = measure(networks, exp.settings.data.shape, settings.batches, exp.compute, settings.repetitions)
+
+    def measured() -> dict[str, list]:
+        networks = {name: network(exp, row.method, row.target) for name, row in rows.iterrows()} | {"dense": exp.model}
+        networks = {name: part.to(exp.compute.device) for name, part in networks.items()}
+        settings = exp.settings.latency
+        times = latency.measure(networks, exp.settings.data.shape, settings.batches, exp.compute, settings.repetitions)
+        return {"times": times.to_dict("records")}
+
+    masks = {name: masks_digest(exp.select(row.method, row.target)) for name, row in rows.iterrows()}
+    times = pd.DataFrame(measure(exp, latency_made_of(exp, masks), measured)["times"])
+    pack(exp, exp.out)
     facts = rows[["method", "target", "flops"]]
     facts.loc["dense"] = ["dense", 1.0, exp.dense["flops"]]
     return times.join(facts, on="network")
+
+
+def latency_made_of(exp: Experiment, masks: dict[str, str]) -> dict[str, Any]:
+    """Times depend on the hardware, and on the precision that it chooses."""
+    settings = said(exp.settings, {"model": True, "latency": True, "data": {"channels", "resolution"}})
+    settings |= {"hardware": hardware(exp), "computed in": exp.compute.precision}
+    return made_of(exp, "measurement", settings, {"masks": masks})
 
 
 def searches(exp: Experiment, path: Path) -> pd.DataFrame:
@@ -208,15 +224,20 @@ def computing_hours(exp: Experiment) -> pd.DataFrame:
     """Hours of computing behind an experiment's results: a row for each hardware, a column for what they went into."""
     parts = {"dense network": ["dense/dense.json"], "searches": ["rankings/*/record-*.json"]}
     parts |= {"fine-tuning": [f"sets/*/{target}-*.json" for target in exp.settings.targets]}
-    parts |= {"cuts": ["sets/*/cuts.json"], "ablations": ["ablations/ablations.json"]}
+    parts["ablations"] = ["ablations/ablations.json"]
+    records = [
+        (part, read_json(path, "record of a result"))
+        for part, names in parts.items()
+        for name in names
+        for path in exp.folder.glob(name)
+    ]
+    records += [("cuts", record) for folder in exp.folder.glob("sets/*") for record in measurements(folder)]
     rows = []
-    for part, names in parts.items():
-        for path in (path for name in names for path in exp.folder.glob(name)):
-            record = read_json(path, "record of a result")
-            made = f"{record['hardware']}, {record['precision']}, PyTorch {record['torch']}"
-            rows.append({"hardware": made, "part": part, "hours": record["seconds"] / 3600})
+    for part, record in records:
+        made = f"{record['hardware']}, {record['precision']}, PyTorch {record['torch']}"
+        rows.append({"hardware": made, "part": part, "hours": record["seconds"] / 3600})
     wide = pd.DataFrame(rows).pivot_table("hours", "hardware", "part", "sum", fill_value=0, sort=False)
-    return wide.reindex(columns=list(parts), fill_value=0)
+    return wide.reindex(columns=["dense network", "searches", "fine-tuning", "cuts", "ablations"], fill_value=0)
 
 
 def beside_other_work(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:

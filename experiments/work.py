@@ -1,12 +1,11 @@
 """The work of the stages, as jobs: the dense network, a ranking, a pruned network, a ranking's fitness measured.
 
-Every result carries the key of everything that made it, so that a stage which runs again makes only what is missing.
+Every result has a key (see records.py), so that a stage which runs again makes only what is missing. For each kind one
+function says what it is made of, and one makes it.
 """
 
 import functools
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,29 @@ import legr
 from experiments import pretrained
 from experiments.config import Experiment, RankingSettings
 from experiments.jobs import Jobs, progress
+from experiments.records import PACKED, made_of, masks_digest, measure, measurements, once, pack, said
 from legr import models, training
-from legr.files import atomic, read_json, tensors_digest, write_json, write_text
+from legr.files import atomic, digest, write_text
 from legr.fitness import Fitness, FitnessSettings, Masks
+
+AUGMENTATION = {"data": {"augmentation"}}  # what is trained depends on it
+
+
+def dense_made_of(exp: Experiment, images: str, weights: str | None) -> dict[str, Any]:
+    """`images` and `weights` are digests; None: from random weights."""
+    inputs = {"images": images} | ({"weights": weights} if weights else {})
+    settings = said(exp.settings, {"model": True, "dense": {"rescale", "recipes"}} | AUGMENTATION)
+    return made_of(exp, "dense", settings, inputs, exp.settings.dense.seed)
 
 
 def train_dense(exp: Experiment) -> dict[str, Any]:
     """Train the dense network, or adapt weights from elsewhere, on images that are not held out."""
+    weights = pretrained.weights_digest(exp) if exp.settings.dense.weights else None
+    return once(exp, "dense", dense_made_of(exp, exp.data.digest(), weights), lambda: _train_dense(exp))
+
+
+def _train_dense(exp: Experiment) -> dict[str, Any]:
     settings = exp.settings.dense
-    key = exp.key("dense", exp.data.digest(), exp.settings.model, settings.model_dump())
-    if record := exp.kept("dense", key):
-        return record
     data = exp.data.to(exp.compute.device)
     fit, holdout = data.fit, data.holdout
     model = models.build(exp.settings.model, len(data.classes), settings.seed).to(exp.compute.device)
@@ -54,27 +65,35 @@ def train_dense(exp: Experiment) -> dict[str, Any]:
     values = {**test, "flops": graph.flops(), "params": graph.params()}
     values |= {"epochs": int(history.epoch.max()) if len(history) else 0, "train_images": len(fit)}
     values |= {"test_images": len(data.test), "seconds": float(history.get("seconds", pd.Series()).sum()), **origin}
-    return exp.record("dense", key, ["network.safetensors", "training.csv"], values)
+    return values | {"files": ["network.safetensors", "training.csv"]}
+
+
+def ranking_made_of(exp: Experiment, settings: RankingSettings, trial: int) -> dict[str, Any]:
+    """A search's seed is the trial's number."""
+    ranking = said(settings.model_copy(update={"search": settings.search.model_copy(update={"seed": 0})}))
+    others = said(exp.settings, {"floor": True} | AUGMENTATION)
+    return made_of(exp, "ranking", {"ranking": ranking} | others, exp.inputs, trial)
 
 
 def learn(exp: Experiment, method: str, trial: int) -> dict[str, Any]:
-    """Learn a method's ranking in one trial; its search's seed is the trial's number."""
+    """Learn a method's ranking in one trial."""
+    wanted = ranking_made_of(exp, exp.settings.rankings[method], trial)
+    return once(exp, f"record-{trial}", wanted, lambda: _learn(exp, method, trial))
+
+
+def _learn(exp: Experiment, method: str, trial: int) -> dict[str, Any]:
     settings = exp.settings.rankings[method]
-    search = settings.search.model_copy(update={"seed": trial})
-    key = exp.key("ranking", *exp.inputs, settings.model_dump(), search.model_dump(), exp.settings.floor)
-    if record := exp.kept(f"record-{trial}", key):
-        return record
     result = _search(exp, settings, trial, f"{method}, trial {trial}")
     result.ranking.save(exp.state / f"ranking-{trial}.json")
     write_text(exp.state / f"search-{trial}.csv", result.history.drop(columns="seconds").to_csv(index=False))
     maps = {name: np.array([getattr(c, name) for c in result.candidates]) for name in ("scale", "shift")}
     with atomic(exp.state / f"candidates-{trial}.safetensors") as path:
         save_file(maps, path)
-    norm_only = result.history.loss[search.population - 1]
+    norm_only = result.history.loss[settings.search.population - 1]
     values = {"loss_of_norm_only": norm_only, "loss": float(result.history.loss.min())}
-    values |= {"evaluations": search.evaluations, "seconds": round(float(result.history.seconds.sum()), 1)}
+    values |= {"evaluations": len(result.history), "seconds": round(float(result.history.seconds.sum()), 1)}
     files = [f"ranking-{trial}.json", f"search-{trial}.csv", f"candidates-{trial}.safetensors"]
-    return exp.record(f"record-{trial}", key, files, values)
+    return values | {"files": files}
 
 
 def _search(exp: Experiment, settings: RankingSettings, trial: int, what: str) -> legr.search.SearchResult:
@@ -83,7 +102,7 @@ def _search(exp: Experiment, settings: RankingSettings, trial: int, what: str) -
         exp.model,
         exp.graph,
         exp.data,
-        settings.flops,
+        settings.targets,
         search=search,
         fitness=settings.fitness,
         compute=exp.compute,
@@ -94,12 +113,21 @@ def _search(exp: Experiment, settings: RankingSettings, trial: int, what: str) -
     )
 
 
+def network_made_of(exp: Experiment, kept: Masks, trial: int) -> dict[str, Any]:
+    """A fine-tuning's seed is the trial's number. How the masks were found makes no difference."""
+    inputs = exp.inputs | {"masks": masks_digest(kept)}
+    return made_of(exp, "network", said(exp.settings, {"finetune": True} | AUGMENTATION), inputs, trial)
+
+
 def train_network(exp: Experiment, method: str, target: float, trial: int) -> dict[str, Any]:
-    """Prune to `target` and fine-tune on `fit`, as the dense network was trained; the seed is the trial's number."""
-    kept, settings = exp.select(method, target, trial), exp.settings.finetune
-    key, name = exp.key("network", *exp.inputs, _named(kept), settings.model_dump(), trial), f"{target}-{trial}"
-    if record := exp.kept(name, key):
-        return record
+    """Prune to `target` and fine-tune on `fit`, as the dense network was trained."""
+    kept = exp.select(method, target, trial)
+    make = functools.partial(_train_network, exp, method, target, trial, kept)
+    return once(exp, f"{target}-{trial}", network_made_of(exp, kept, trial), make)
+
+
+def _train_network(exp: Experiment, method: str, target: float, trial: int, kept: Masks) -> dict[str, Any]:
+    settings, name = exp.settings.finetune, f"{target}-{trial}"
     compute = exp.compute
     fit, holdout, test = (images.to(compute.device) for images in (exp.data.fit, exp.data.holdout, exp.data.test))
     small = legr.prune(exp.model, exp.graph, kept).to(compute.device, memory_format=torch.channels_last)
@@ -122,40 +150,38 @@ def train_network(exp: Experiment, method: str, target: float, trial: int) -> di
     if trial == 0:  # the networks of one trial are published
         files.append(f"{name}.safetensors")
         models.save_weights(small, exp.state / files[-1])
-    return exp.record(name, key, files, values)
+    return values | {"files": files}
 
 
-def cut_everywhere(exp: Experiment, jobs: Jobs, method: str) -> dict[str, Any]:
+def cut_shares(exp: Experiment) -> list[float]:
+    """Many fractions of the FLOPs, from all to the lowest target."""
+    return np.linspace(1, min(exp.settings.targets), exp.settings.cuts.number).round(4).tolist()
+
+
+def cut_everywhere(exp: Experiment, jobs: Jobs, method: str) -> None:
     """Make cuts.csv: a method's networks at many FLOP counts in the first trial, untrained."""
-    shares = np.linspace(1, min(exp.settings.targets), exp.settings.cuts.number).round(4).tolist()
-    masks = [_named(exp.select(method, share)) for share in shares]
-    few = exp.settings.finetune.recalibration_images
-    key = exp.key("cuts", *exp.inputs, shares, masks, exp.settings.cuts.model_dump(), few)
-    if record := exp.kept("cuts", key):
-        return record
-    rows = jobs.run(cut, [(method, share) for share in shares], f"{method}: cuts")
-    write_text(exp.state / "cuts.csv", pd.DataFrame(rows).to_csv(index=False))
-    return exp.record("cuts", key, ["cuts.csv"], {"seconds": _seconds(exp, "cut")})
+    rows = jobs.run(cut, [(method, share) for share in cut_shares(exp)], f"{method}: cuts")
+    write_text(exp.out / "cuts.csv", pd.DataFrame(rows).to_csv(index=False))
+    pack(exp, exp.out)
+
+
+def cut_made_of(exp: Experiment, kept: Masks) -> dict[str, Any]:
+    settings = said(exp.settings, {"cuts": {"test_images"}, "finetune": {"recalibration_images"}})
+    return made_of(exp, "cuts", settings, exp.inputs | {"masks": masks_digest(kept)})
 
 
 def cut(exp: Experiment, method: str, share: float) -> dict[str, Any]:
     """A method's network at the fraction `share` of the FLOPs: its size; its accuracy with BatchNorm recalibrated."""
-    kept, number = exp.select(method, share), exp.settings.cuts.test_images
-    few = exp.settings.finetune.recalibration_images
+    kept = exp.select(method, share)
 
-    def measured() -> float:
+    def measured() -> dict[str, float]:
         test = exp.data.test
-        picked = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:number]
-        return recalibrated_accuracy(exp, kept, test[picked].to(exp.compute.device))
+        picked = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: exp.settings.cuts.test_images]
+        return {"accuracy_recalibrated": recalibrated_accuracy(exp, kept, test[picked].to(exp.compute.device))}
 
     values = {"share": share, "flops": exp.graph.flops(kept), "params": exp.graph.params(kept)}
-    values["accuracy_recalibrated"] = _once(exp, "cut", measured, _named(kept), number, few)
+    values["accuracy_recalibrated"] = measure(exp, cut_made_of(exp, kept), measured)["accuracy_recalibrated"]
     return values | {"widths": " ".join(str(int(mask.sum())) for mask in kept)}
-
-
-def _named(kept: Masks) -> str:
-    """A digest of masks."""
-    return tensors_digest({str(i): mask for i, mask in enumerate(kept)})
 
 
 def recalibrated_accuracy(exp: Experiment, kept: list[Tensor], test) -> float:
@@ -169,68 +195,74 @@ def recalibrated_accuracy(exp: Experiment, kept: list[Tensor], test) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _measure(exp: Experiment, settings: FitnessSettings, target: float, seed: int, test: bool) -> Fitness:
-    measure = Fitness(exp.model, exp.graph, exp.data, [target], settings, exp.compute, exp.settings.floor, seed)
-    if test:
-        measure.validation = exp.data.test.to(exp.compute.device)
-    return measure
+def _fitness(exp: Experiment, settings: FitnessSettings, target: float, seed: int) -> Fitness:
+    return Fitness(exp.model, exp.graph, exp.data, [target], settings, exp.compute, exp.settings.floor, seed)
 
 
-def measure_ranking(
-    exp: Experiment, ranking: legr.Ranking, target: float, settings: FitnessSettings, seed: int, test: bool
-) -> float:
-    """A ranking's loss on held-out images by a fitness; with `test`, its accuracy on test images instead."""
-
-    def measured() -> float:
-        measure = _measure(exp, settings, target, seed, test)
-        return measure(measure.select(ranking))["accuracy" if test else "loss"]
-
-    return _once(exp, "measured", measured, vars(ranking), target, settings.model_dump(), seed, test)
+@functools.lru_cache(maxsize=64)
+def _fitness_on_test_images(exp: Experiment, settings: FitnessSettings, target: float, seed: int) -> Fitness:
+    fitness = Fitness(exp.model, exp.graph, exp.data, [target], settings, exp.compute, exp.settings.floor, seed)
+    fitness.validation = exp.data.test.to(exp.compute.device)
+    return fitness
 
 
-def _once(exp: Experiment, name: str, make: Callable[[], Any], *given: Any) -> Any:
-    """What `make` returns from the inputs `given`; noted in the state folder, with the seconds that it took."""
-    path = exp.state / f"{name}-{exp.key(name, *exp.inputs, *given)}.json"
-    if not path.exists():
-        start = time.perf_counter()
-        write_json(path, {"value": make(), "seconds": time.perf_counter() - start})
-    return read_json(path, "measurement")["value"]
+def fitness_made_of(exp: Experiment, what: str, settings: FitnessSettings, kept: Masks, seed: int) -> dict[str, Any]:
+    """`what` is measured: a loss on held-out images, or an accuracy on test images."""
+    inputs = exp.inputs | {"masks": masks_digest(kept)}
+    settings = {"what": what, "fitness": said(settings)} | said(exp.settings, AUGMENTATION)
+    return made_of(exp, "measurement", settings, inputs, seed)
 
 
-def _seconds(exp: Experiment, name: str) -> float:
-    """Computing time of all that `_once` noted under a name."""
-    return round(sum(read_json(path, "measurement")["seconds"] for path in exp.state.glob(f"{name}-*.json")), 1)
+def fitness_of(exp: Experiment, ranking: legr.Ranking, target: float, settings: FitnessSettings) -> float:
+    """A ranking's loss on held-out images by a fitness."""
+    fitness = _fitness(exp, settings, target, 0)
+    (kept,) = fitness.select(ranking)
+    wanted = fitness_made_of(exp, "loss on held-out images", settings, kept, 0)
+    return measure(exp, wanted, lambda: {"loss": fitness([kept])["loss"]})["loss"]
 
 
 def accuracies_after_steps(exp: Experiment, ranking: legr.Ranking, target: float) -> list[float]:
     """What a fitness should predict: test accuracy after some steps of fine-tuning, with each seed."""
-    settings = exp.settings.ablations
+    settings, accuracies = exp.settings.ablations, []
     steps = FitnessSettings(steps=settings.steps, lr=settings.lr, batch_size=settings.batch_size)
-    return [measure_ranking(exp, ranking, target, steps, seed, True) for seed in settings.seeds]
+    for seed in settings.seeds:
+        fitness = _fitness_on_test_images(exp, steps, target, seed)
+        (kept,) = fitness.select(ranking)
+        wanted = fitness_made_of(exp, "accuracy on test images", steps, kept, seed)
+        record = measure(exp, wanted, lambda fitness=fitness, kept=kept: {"accuracy": fitness([kept])["accuracy"]})
+        accuracies.append(record["accuracy"])
+    return accuracies
+
+
+def ablations_made_of(exp: Experiment) -> dict[str, Any]:
+    candidates = [searched(exp, method)[1] for method in exp.settings.rankings]
+    inputs = exp.inputs | {"candidates": digest([list(map(vars, each)) for each in candidates])}
+    settings = said(exp.settings, {"ablations": True, "floor": True, "targets": True} | AUGMENTATION)
+    return made_of(exp, "measurement", settings, inputs)
 
 
 def ablate(exp: Experiment, jobs: Jobs) -> dict[str, Any]:
     """Make fitness.csv (rankings judged by each fitness) and searches.csv (what searches with other settings find)."""
+    return once(exp, "ablations", ablations_made_of(exp), lambda: _ablate(exp, jobs))
+
+
+def _ablate(exp: Experiment, jobs: Jobs) -> dict[str, Any]:
     settings = exp.settings.ablations
-    learned = [read_json(exp.path(f"rankings/{m}/record-0.json"), "record of a search") for m in exp.settings.rankings]
-    key = exp.key("ablations", *exp.inputs, settings.model_dump(), exp.settings.targets, exp.settings.floor,
-                  [record["key"] for record in learned])  # fmt: skip
-    if record := exp.kept("ablations", key):
-        return record
     rankings = [(source, ranking, t) for t in settings.targets for source, ranking in rankings_to_measure(exp)]
     table = pd.DataFrame(jobs.run(compare_fitness, [each[1:] for each in rankings], "rankings"))
     table = table.assign(source=[source for source, _, _ in rankings], target=[t for _, _, t in rankings])
     searches = pd.concat(jobs.run(try_search, searches_to_try(exp), "searches"))
     for name, rows in {"fitness": table, "searches": searches}.items():
         write_text(exp.state / f"{name}.csv", rows.to_csv(index=False))
-    seconds = _seconds(exp, "measured") + searches.groupby(["question", "answer"]).search_seconds.first().sum()
-    return exp.record("ablations", key, ["fitness.csv", "searches.csv"], {"seconds": seconds})
+    seconds = sum(record["seconds"] or 0 for record in measurements(exp.out))
+    pack(exp, exp.state)
+    return {"files": ["fitness.csv", "searches.csv", PACKED], "seconds": seconds}
 
 
 def compare_fitness(exp: Experiment, ranking: legr.Ranking, target: float) -> dict[str, float]:
     """A ranking's loss by each fitness of the ablation, and the mean and deviation of `accuracies_after_steps`."""
     fitness = exp.settings.ablations.fitness
-    row = {name: measure_ranking(exp, ranking, target, settings, 0, False) for name, settings in fitness.items()}
+    row = {name: fitness_of(exp, ranking, target, settings) for name, settings in fitness.items()}
     accuracies = accuracies_after_steps(exp, ranking, target)
     row["accuracy"] = statistics.mean(accuracies)
     row["deviation"] = statistics.stdev(accuracies) if len(accuracies) > 1 else float("nan")
@@ -250,8 +282,8 @@ def try_search(exp: Experiment, question: str, answer: str) -> pd.DataFrame:
     if not question:
         ranking = legr.Ranking.norm_only(len(exp.norms))
     elif variant := settings.variants.get((question, answer)):
-        found = _search(exp, variant, 0, f"{question}: {answer}")
-        ranking, seconds = found.ranking, float(found.history.seconds.sum())
+        record = measure(exp, ranking_made_of(exp, variant, 0), lambda: _try(exp, variant, f"{question}: {answer}"))
+        ranking, seconds = legr.Ranking(**record["ranking"]), record["seconds"]
     else:
         history, candidates = searched(exp, question.partition(":")[0])
         ranking, seconds = candidates[history.loss[: int(answer)].argmin()], float("nan")
@@ -260,6 +292,11 @@ def try_search(exp: Experiment, question: str, answer: str) -> pd.DataFrame:
         for seed, accuracy in zip(settings.seeds, accuracies_after_steps(exp, ranking, target), strict=True):
             rows.append({"question": question, "answer": answer, "target": target, "seed": seed, "accuracy": accuracy})
     return pd.DataFrame(rows).assign(search_seconds=seconds)
+
+
+def _try(exp: Experiment, settings: RankingSettings, what: str) -> dict[str, Any]:
+    result = _search(exp, settings, 0, what)
+    return {"ranking": vars(result.ranking), "seconds": round(float(result.history.seconds.sum()), 1)}
 
 
 def searched(exp: Experiment, method: str) -> tuple[pd.DataFrame, list[legr.Ranking]]:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import legr
+from experiments import config
 from legr.data import Augmentation, Dataset, Images, hold_out
 from legr.models import CifarResNet
 from legr.training import Compute
@@ -86,6 +87,12 @@ def small():
     torch.manual_seed(0)
     model = settle(CifarResNet(1))
     return model, legr.trace(model, torch.zeros(1, 3, 32, 32))
+
+
+@pytest.fixture
+def any_code(monkeypatch):
+    """A project elsewhere, though the code that runs is this folder's."""
+    monkeypatch.setattr(config, "check_code", lambda root: None)
 
 
 @pytest.fixture(scope="session")
@@ -177,11 +184,11 @@ def done(tmp_path_factory):
             demo["dense"]["recipes"][0] |= {"epochs": 1, "batch_size": 64}
             search = {"population": 2, "evaluations": 4, "sample": 2}
             fitness = {"validation_images": 64, "recalibration_images": 64, "steps": int(name == PHOTOS)}
-            demo["rankings"] = {"legr": {"flops": [target], "search": search, "fitness": fitness}}
+            demo["rankings"] = {"legr": {"targets": [target], "search": search, "fitness": fitness}}
             demo["finetune"]["recipe"] |= {"epochs": 1, "batch_size": 256}
             fitness = {"as pruned": {"validation_images": 64}, "after 1 step": {"validation_images": 64, "steps": 1}}
             demo["ablations"] |= {"targets": [target], "rankings": 4, "steps": 2, "fitness": fitness}
-            demo["ablations"] |= {"search": {"flops": [target], "search": search}, "vary": {"fitness.steps": [1]}}
+            demo["ablations"] |= {"search": {"targets": [target], "search": search}, "vary": {"fitness.steps": [1]}}
             demo["ablations"] |= {"evaluations": [2, 4]}
             demo["latency"] = {"batches": [1, 4], "repetitions": 2}
 

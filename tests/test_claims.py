@@ -39,7 +39,7 @@ def experiment(tmp_path):
             data=SimpleNamespace(name=data),
             finetune=SimpleNamespace(recipe=SimpleNamespace(epochs=5)),
             rankings={},
-            ablations=SimpleNamespace(search=RankingSettings(flops=(0.15,))),
+            ablations=SimpleNamespace(search=RankingSettings(targets=(0.15,))),
         )
         masks = {1.0: [1, 1, 1], 0.7: [1, 1, 0], 0.15: [1, 0, 0]}
         return SimpleNamespace(
@@ -125,7 +125,7 @@ def test_accuracy_on_other_images_is_no_answer(experiment):
 def test_one_search_for_each_answer_decides_nothing(experiment, low, points):
     """The ranking of the lowest count, and of few steps, is level everywhere, or behind at one of two targets."""
     noise = {1: 0.0, 2: 0.001, 3: -0.001}
-    rows = [("flops", a, t, s, (low if (a, t) == ("15%", 0.7) else 0.8) + noise[s] * (1 if a == "15%" else -1))
+    rows = [("targets", a, t, s, (low if (a, t) == ("15%", 0.7) else 0.8) + noise[s] * (1 if a == "15%" else -1))
             for a in ("70%", "47%", "15%") for t in (0.7, 0.47) for s in noise]  # fmt: skip
     rows += [("fitness.steps", a, t, s, (low if (a, t) == ("50", 0.7) else 0.8) + noise[s] * (1 if a == "50" else -1))
              for a in ("0", "10", "50", "200") for t in (0.7, 0.47) for s in noise]  # fmt: skip

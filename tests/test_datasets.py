@@ -1,5 +1,6 @@
 """The data sets: digits, folders of images in memory and streamed, CIFAR-10's check, and the prepared file."""
 
+import os
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 import legr
-from experiments.datasets import CIFAR10_CLASSES, DataSettings, Files, load, prepare
+from experiments.datasets import CIFAR10_CLASSES, DataSettings, Files, check_unchanged, load, prepare
 from legr import models
 from legr.data import Augmentation, Images
 from legr.fitness import Fitness, FitnessSettings
@@ -162,6 +163,52 @@ def test_an_image_that_breaks_off_is_named_when_it_is_streamed(tree, tmp_path):
     with pytest.raises(legr.UserError, match=r"^image .*n01440764_3\.png can't be read") as error:
         list(images.train.batches(5))
     assert "\n" not in str(error.value)
+
+
+def remove(root):
+    (root / "train" / WNIDS[1] / f"{WNIDS[1]}_4.jpg").unlink()
+
+
+def exchange(root):
+    """Other images of the same names, and so of other sizes."""
+    for path in (root / "train").rglob("*_3.png"):
+        Image.new("RGB", (50, 50)).save(path)
+
+
+def another(root):
+    path = root / "train" / WNIDS[1] / f"{WNIDS[1]}_4.jpg"
+    os.utime(path, ns=(0, 0))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("change", [remove, exchange, another])
+def test_a_folder_that_has_changed_since_it_was_read_is_noticed(tree, tmp_path, stream, change):
+    root, path = shutil.copytree(tree, tmp_path / "copy"), tmp_path / "laptop/photos.pt"
+    settings = DataSettings(name="folder", holdout=6, resolution=32, folder=str(root), stream=stream)
+    prepare(settings, tmp_path, path)
+    before = load(path, settings).digest()
+    check_unchanged(settings, path)
+    change(root)
+    with pytest.raises(
+        legr.UserError, match=r"^images in .*copy are not those in .*: dvc repro -f -s data@laptop-photos$"
+    ):
+        check_unchanged(settings, path)
+    prepare(settings, tmp_path, path)
+    check_unchanged(settings, path)
+    assert (load(path, settings).digest() == before) == (change is another)
+
+
+def test_another_folder_in_the_environment_is_noticed(tree, tmp_path, monkeypatch):
+    """Where none is named any more, the images that were read are those that there are."""
+    settings, path = DataSettings(name="imagenette", holdout=6), tmp_path / "images.pt"
+    monkeypatch.setenv("LEGR_IMAGENETTE", str(tree))
+    prepare(settings, tmp_path, path)
+    check_unchanged(settings, path)
+    monkeypatch.setenv("LEGR_IMAGENETTE", str(plant(tmp_path / "others", WNIDS, (9, 3))))
+    with pytest.raises(legr.UserError, match=r"^images in .*others are not those in .*\(they were read from .*photos"):
+        check_unchanged(settings, path)
+    monkeypatch.delenv("LEGR_IMAGENETTE")
+    check_unchanged(settings, path)
 
 
 @pytest.mark.parametrize("change", [{"holdout": 7}, {"resolution": 24}, {"augmentation": {"flip": False}}])

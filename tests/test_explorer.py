@@ -14,8 +14,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 import legr
+from experiments import config, samples
 from experiments import explorer as module
-from experiments import samples
 from experiments.config import open_experiment
 from experiments.cutter import RECALIBRATED, TUNED, Cutter, Tilt, paired
 from experiments.explorer import Explorer
@@ -34,6 +34,7 @@ def project(tmp_path_factory):
     """Two experiments on digits, with results of a shallow network that nothing was trained for. Tests leave them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "resnet8", lambda classes: models.CifarResNet(1, classes))
+        patch.setattr(config, "check_code", lambda root: None)
         root = plant(tmp_path_factory.mktemp("project"), "resnet8")
         params = yaml.safe_load((root / "params.yaml").read_text())
         params["demo"][PHOTOS] = params["demo"][NAME]

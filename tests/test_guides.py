@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
-from tests.conftest import NAME, PROJECT, change, environment
+from tests.conftest import NAME, PHOTOS, PROJECT, change, environment
 
 
 def blocks(path, language):
@@ -19,7 +20,7 @@ EXAMPLES = [(page, number) for page in PAGES for number in range(len(blocks(page
 # The README's search takes minutes and downloads weights.
 SHORT = {
     'weights="DEFAULT"': "",
-    "flops=0.3)": "flops=0.3, search=SearchSettings(population=4, evaluations=4, sample=2))",
+    "targets=0.3)": "targets=0.3, search=SearchSettings(population=4, evaluations=4, sample=2))",
 }
 
 
@@ -61,8 +62,28 @@ def test_the_commands_for_a_network_of_your_own_work(tmp_path):
     assert [line.partition(":")[0] for line in told] == ["dense", "legr-0.4", "legr-0.6"]
 
 
+@pytest.mark.parametrize("scale", ["demo", "laptop", "gpu", "paper"])
+def test_an_experiment_of_dvc_can_be_tried_at_every_scale(tmp_path, scale):
+    """Dry, in a project whose stages have run; what they left is not looked at."""
+    for name in ("params.yaml", "dvc.yaml", ".dvcignore", ".dvc/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PROJECT / name, tmp_path / name)
+    methods = yaml.safe_load((tmp_path / "params.yaml").read_text())["methods"]
+    stages = ["dense", "ablations", "compare", "explore", *(f"rankings/{method}" for method in methods["learned"])]
+    stages += [f"sets/{method}" for method in methods["learned"] + methods["plain"]]
+    for name in ("experiments", "legr", "notebooks"):
+        shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in [f"data/{scale}/{name}.pt" for name in (NAME, PHOTOS)] + [
+        f"results/{scale}/{name}/{stage}/file" for name in (NAME, PHOTOS) for stage in stages
+    ]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(file)
+    shell(tmp_path, "git init -q; git add -A; git commit -q -m Project")
+    told = shell(tmp_path, f"dvc exp run --dry -S scale={scale} -S {scale}.{NAME}.finetune.recipe.epochs=3")
+    assert f"Running stage 'set@{scale}-{NAME}-legr'" in told and "Running stage 'report'" in told
+
+
 @pytest.mark.slow
-@pytest.mark.harness
 @pytest.mark.xdist_group("pipeline")
 def test_the_commands_for_tweaking_work(done, tmp_path):
     folder = tmp_path / "clone"

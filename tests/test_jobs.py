@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import legr
-from experiments import work
+from experiments import config, jobs, work
 from experiments.config import open_experiment
 from experiments.jobs import Jobs, open_jobs
 from tests.conftest import NAME, PROJECT
@@ -118,6 +118,14 @@ def test_workers_elsewhere_finish_all_jobs_though_one_is_killed(project, here, e
         found = [future.result(timeout=300) for future in futures]
         assert len(jobs.client.scheduler_info()["workers"]) == 1
     assert timeless(found) == here
+
+
+def test_a_worker_with_other_code_refuses_a_job(project, monkeypatch):
+    exp = opened(project, "here")
+    address = (str(exp.root), exp.scale, exp.name, exp.stage, exp.results, json.dumps(exp.overrides))
+    assert jobs._work(seen, address, (5,), config.code()) == ("sets/norm", 5)
+    with pytest.raises(legr.UserError, match=r"^a worker has other code \(in .*\) than the job from .*; start workers"):
+        jobs._work(seen, address, (5,), "of another folder")
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "two"])

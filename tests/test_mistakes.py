@@ -71,7 +71,7 @@ SETTINGS = {  # what was done: the change, and what the sentence says
     "a missing section": (edit("finetune", None), "finetune is None"),
     "no such network": (edit("model", "resnet57"), "model is 'resnet57'; it must be one of resnet56"),
     "no such data": (edit("data.name", "cifar11"), r"data\.name is 'cifar11': it must be one of digits, cifar10"),
-    "percent for a fraction": (edit("rankings.legr.flops", [47]), r"flops\.0 is 47"),
+    "percent for a fraction": (edit("rankings.legr.targets", [47]), r"targets\.0 is 47"),
     "no targets": (edit("targets", []), "targets is "),
     "too few evaluations": (edit(f"{SEARCH}.evaluations", 3), "evaluations is 3; it must be at least population"),
     "neither weights nor recipes": (edit("dense", {}), "dense.*: it must have weights to start from, recipes"),
@@ -80,11 +80,11 @@ SETTINGS = {  # what was done: the change, and what the sentence says
         r"vary has fitness\.step: 1; it must be",
     ),
     "nothing of the kind to vary": (
-        edit("ablations.vary", {"flops.at": [1]}),
-        r"vary has flops\.at: 1; it must be a va",
+        edit("ablations.vary", {"targets.at": [1]}),
+        r"vary has targets\.at: 1; it must be a va",
     ),
     "no such method": (edit("/methods/plain", ["random"]), "method is 'random'; it must be one of legr, legr-ours"),
-    "a method without its ranking": (edit("rankings", {"legr": {"flops": [0.5]}}), "rankings lacks legr-ours"),
+    "a method without its ranking": (edit("rankings", {"legr": {"targets": [0.5]}}), "rankings lacks legr-ours"),
     "all held out": (edit("data.holdout", 5000), "holdout is 5000; it must be between 1 and 1197"),
     "no folder": (edit("data", {"name": "folder", "holdout": 2}), r"data\.folder is missing; data\.name 'folder'"),
     "a folder that is not there": (photos(folder="nowhere"), "data folder nowhere/train can't be used"),
@@ -127,7 +127,7 @@ def test_in_settings_and_images(project, monkeypatch, capsys, spoil, message):
         ("report demo cifar10-resnet56", 1, "has no executed notebooks; run the pipeline"),
     ],
 )
-def test_on_the_command_line(project, monkeypatch, capsys, arguments, code, message):
+def test_on_the_command_line(project, any_code, monkeypatch, capsys, arguments, code, message):
     before = contents(project)
     ended, told = run(monkeypatch, capsys, *arguments.split())
     assert ended == code and message in told[-1] and contents(project) == before
@@ -174,7 +174,7 @@ FILES = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), FILES.values(), ids=FILES)
-def test_in_files_of_earlier_stages(tmp_path, spoil, message):
+def test_in_files_of_earlier_stages(tmp_path, any_code, spoil, message):
     results = plant(tmp_path) / "results" / "demo" / NAME
     legr.Ranking.norm_only(55).save(results / "rankings/legr/ranking-0.json")
     spoil(results / "dense/network.safetensors", results / "rankings/legr/ranking-0.json")

@@ -95,10 +95,10 @@ MISTAKES = {
     "no such normalization": ({"normalization": "cifar"}, "^normalization is 'cifar': it must be imagenet, none, raw"),
     "no epochs": ({"finetune_epochs": 0}, "^epochs is 0: input should be greater than 0"),
     "no evaluations": ({"evaluations": 0}, r"^targets and evaluations: search.* is 0: input should be greater than 0"),
-    "no targets": ({"targets": []}, r"^targets and evaluations: flops is \[\]: tuple should have at least 1 item"),
+    "no targets": ({"targets": []}, r"^targets and evaluations: targets is \[\]: tuple should have at least 1 item"),
     "percent": (
         {"targets": [70]},
-        r"^targets and evaluations: flops\.0 is 70: input should be less than or equal to 1",
+        r"^targets and evaluations: targets\.0 is 70: input should be less than or equal to 1",
     ),
     "no such device": ({"device": "tpu"}, "^device is 'tpu'; this machine can't use it"),
     "no such network": ({"architecture": "resnet19"}, "^architecture is 'resnet19', .*Unknown model resnet19"),

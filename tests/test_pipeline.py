@@ -1,6 +1,7 @@
 """The whole pipeline through DVC, on a shortened demo: what it leaves, what it runs again, and how it fails."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ import psutil
 import pytest
 from bs4 import BeautifulSoup
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
+from legr.models import CifarResNet
 from tests.conftest import NAME, PHOTOS, PROJECT, change, contents, dvc, environment
 
 pytestmark = pytest.mark.xdist_group("pipeline")
@@ -178,6 +181,45 @@ def test_a_stage_that_fails_leaves_what_was_there(copy, spoil, sentence):
     assert contents(copy / "results") == before
 
 
+PLAIN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def test_the_code_of_this_folder_runs_whatever_is_installed(copy):
+    """Two checkouts and one environment, in which the other one is installed."""
+    models = copy / "legr/models.py"
+    models.write_text(models.read_text().replace("CifarResNet(9, num_classes)", "CifarResNet(1, num_classes)"))
+    command = [sys.executable, "-m", "experiments", "dense", "demo", NAME]
+    ended = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=PLAIN)
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads((results(copy) / "dense/dense.json").read_text())
+    assert record["params"] == sum(p.numel() for p in CifarResNet(1).parameters())
+
+
+def test_a_notebook_that_writes_to_results_refuses_code_from_elsewhere(copy):
+    notebook = nbformat.read(copy / "notebooks/1_dense.ipynb", as_version=4)
+    notebook.cells[1].source += '\nresults = "results"'
+    (copy / "legr/models.py").write_text("")
+    before = contents(copy / "results")
+    with pytest.raises(CellExecutionError, match="results is 'results', which only the code in .* may write, and legr"):
+        NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(copy / "notebooks")}}).execute(
+            env=PLAIN
+        )
+    assert contents(copy / "results") == before
+
+
+def test_a_comment_in_the_library_changes_no_result(copy):
+    """The stage runs again, and its networks are those that there were."""
+    with open(copy / "legr/ranking.py", "a") as file:
+        file.write("# a comment\n")
+    before = contents(results(copy) / "sets/norm")
+    ended = stage(copy, "sets/norm", "demo", NAME)
+    assert ended.returncode == 0, ended.stderr
+    after = contents(results(copy) / "sets/norm")
+    assert {n: b for n, b in after.items() if n.endswith((".json", ".csv", ".safetensors"))} == {
+        n: b for n, b in before.items() if n.endswith((".json", ".csv", ".safetensors"))
+    }
+
+
 def test_a_stage_that_was_killed_goes_on(copy):
     """SIGKILL to runner and kernel while the second network trains: the first is not trained again."""
     change(copy, lambda p: p["demo"][NAME].update(targets=[0.45, 0.4]))
@@ -186,7 +228,7 @@ def test_a_stage_that_was_killed_goes_on(copy):
     command = [sys.executable, "-m", "experiments", "sets/norm", "demo", NAME]
     process = psutil.Popen(command, cwd=copy, env=environment(copy), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while len(list(state.glob("train-*.pt"))) < 2:
+    while len(list(state.glob("training-*.pt"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     for victim in [*process.children(recursive=True), process]:

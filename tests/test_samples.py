@@ -17,7 +17,7 @@ NONE = Normalization.model_validate("none")
 
 
 @pytest.fixture
-def exp(tmp_path):
+def exp(tmp_path, any_code):
     """Of a pipeline's stage, which writes to its own folder."""
     return open_experiment("demo", NAME, "explore", "results", root=plant(tmp_path))
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import legr
-from experiments import config, datasets, pretrained, tables, work
+from experiments import config, datasets, pretrained, records, tables, work
 from experiments.config import open_experiment
 from experiments.jobs import Jobs
 from legr import models
@@ -74,7 +74,7 @@ def test_a_dense_network_is_trained_once_and_its_file_gives_the_recorded_accurac
     assert first["flops"] == exp.graph.flops() and (exp.out / "training.csv").exists()
     second = work.train_dense(opened(project, "dense"))
     assert trained == ["train", "train"] and second["epochs"] == 1 and second["key"] != first["key"]
-    monkeypatch.setattr(config, "code_digest", lambda: "another")
+    monkeypatch.setitem(records.VERSIONS, "dense", 2)
     assert work.train_dense(opened(project, "dense"))["key"] != second["key"] and len(trained) == 3
 
 
@@ -117,21 +117,71 @@ def test_a_result_of_another_device_is_not_made_again(project, setting):
     """Nor one in another precision, where the settings leave that to the machine."""
     here = opened(project, "sets/norm", {"compute.precision": setting})
     here.__dict__["compute"] = legr.training.Compute(device="cpu", precision="float32")
-    record = here.record("result", here.key("what made it"), [], {"value": 1})
-    for precision, expected in (("float32", record), ("bfloat16", record if setting == "auto" else None)):
-        elsewhere = opened(project, "sets/norm", {"compute.precision": setting})
-        elsewhere.__dict__["compute"] = legr.training.Compute(device="cuda", precision=precision)
-        key = elsewhere.key("what made it")
-        assert key != record["key"] and elsewhere.kept("result", key) == expected
-    assert here.kept("result", here.key("something else")) is None
+    wanted = work.network_made_of(here, here.select("norm", 0.5), 0)
+    record = records.once(here, "result", wanted, lambda: {"value": 1})
+    assert (record["device"], record["precision"], record["made_of"]) == ("cpu", "float32", wanted)
+    elsewhere = opened(project, "sets/norm", {"compute.precision": setting, "workers": 3, "trials": 2})
+    elsewhere.__dict__["compute"] = legr.training.Compute(device="cuda", precision="bfloat16", graphs=False)
+    assert (
+        records.once(elsewhere, "result", work.network_made_of(elsewhere, here.select("norm", 0.5), 0), None) == record
+    )
+    other = opened(project, "sets/norm", {"compute.precision": "bfloat16"})
+    assert work.network_made_of(other, here.select("norm", 0.5), 0) != wanted
+
+
+def test_a_key_holds_what_is_said_and_not_what_is_left_as_it_is(project):
+    """A default that is written out is no other setting, nor is the name of a method."""
+    exp = opened(project, "rankings/legr")
+    wanted = work.ranking_made_of(exp, exp.settings.rankings["legr"], 1)
+    assert wanted["settings"]["ranking"] == {
+        "targets": [0.47],
+        "search": {"population": 3, "evaluations": 6, "sample": 2},
+        "fitness": {"validation_images": 50},
+    }
+    assert wanted["seed"] == 1 and wanted["inputs"] == exp.inputs
+    same = {"rankings.legr.fitness.lr": 0.01, "rankings.legr.search.seed": 7, "floor": 0.1, "compute.device": "cpu"}
+    assert work.ranking_made_of(opened(project, "rankings/legr", same), *_first(project, same)) == wanted
+    assert work.ranking_made_of(opened(project, "rankings/legr", {"floor": 0.3}), *_first(project, {})) != wanted
+
+
+def _first(project, overrides):
+    return opened(project, "rankings/legr", overrides).settings.rankings["legr"], 1
+
+
+def test_one_more_version_makes_what_follows_anew(project, trained, monkeypatch):
+    """Networks whose masks come out the same are kept."""
+    exp = opened(project, "rankings/legr")
+    work.learn(exp, "legr", 0)
+    network = work.train_network(opened(project, "sets/legr"), "legr", 0.5, 0)
+    monkeypatch.setitem(records.VERSIONS, "ranking", 2)
+    work.learn(opened(project, "rankings/legr"), "legr", 0)
+    assert work.train_network(opened(project, "sets/legr"), "legr", 0.5, 0) == network
+    assert trained == ["learn_ranking", "train", "learn_ranking"]
+    monkeypatch.setitem(records.VERSIONS, "network", 2)
+    assert work.train_network(opened(project, "sets/legr"), "legr", 0.5, 0)["key"] != network["key"]
+
+
+def test_weights_from_elsewhere_are_an_input_by_their_content(project, monkeypatch):
+    """Where they can't be had, they are taken to be those of the dense network that is there."""
+    overrides = {"dense.weights": "w.safetensors", "dense.recipes": []}
+    models.save_weights(models.build("resnet8", 10, 1), project / "w.safetensors")
+    first = work.train_dense(opened(project, "dense", overrides))
+    models.save_weights(models.build("resnet8", 10, 2), project / "w.safetensors")
+    second = work.train_dense(opened(project, "dense", overrides))
+    assert first["made_of"]["inputs"]["weights"] != second["made_of"]["inputs"]["weights"]
+    (project / "w.safetensors").unlink()
+    assert work.train_dense(opened(project, "dense", overrides)) == second
+    with pytest.raises(legr.UserError, match="dense.weights is 'w.safetensors' and can't be used"):
+        work.train_dense(opened(project, "dense", overrides | {"dense.seed": 3}))
 
 
 def test_a_ranking_is_cut_many_times_once(project, monkeypatch):
     few = {"cuts": {"number": 4, "test_images": 100}}
     exp = opened(project, "sets/norm", few)
-    first = work.cut_everywhere(exp, Jobs(exp), "norm")
+    work.cut_everywhere(exp, Jobs(exp), "norm")
     cuts = pd.read_csv(exp.out / "cuts.csv")
-    assert cuts.share.tolist() == [1, 0.8333, 0.6667, 0.5] and first["seconds"] > 0
+    assert cuts.share.tolist() == [1, 0.8333, 0.6667, 0.5]
+    assert len(records.measurements(exp.out)) == 4 and not (exp.out / "measured").exists()
     assert cuts.flops[0] == exp.graph.flops() and (cuts.flops[1:] < exp.graph.flops() * cuts.share[1:]).all()
     kept = exp.select("norm", 0.5)
     assert list(map(int, cuts.widths[3].split())) == [int(mask.sum()) for mask in kept]
@@ -139,7 +189,8 @@ def test_a_ranking_is_cut_many_times_once(project, monkeypatch):
     assert cuts.accuracy_recalibrated[3] == pytest.approx(work.recalibrated_accuracy(exp, kept, exp.data.test[picked]))
     monkeypatch.setattr(work, "recalibrated_accuracy", None)  # nothing is measured again
     again = opened(project, "sets/norm", few)
-    assert work.cut_everywhere(again, Jobs(again), "norm") == first
+    work.cut_everywhere(again, Jobs(again), "norm")
+    assert pd.read_csv(exp.out / "cuts.csv").equals(cuts)
 
 
 def test_ablations_are_made_once_and_an_interrupted_one_measures_only_what_is_missing(project, monkeypatch):
@@ -147,8 +198,8 @@ def test_ablations_are_made_once_and_an_interrupted_one_measures_only_what_is_mi
     for method in ("legr", "legr-ours"):
         work.learn(open_experiment("demo", NAME, f"rankings/{method}", "playground", root=project), method, 0)
     exp = opened(project, "ablations", {"ablations.evaluations": [3, 6]})
-    measure, measured = work._measure, []
-    monkeypatch.setattr(work, "_measure", lambda *given: (measured.append(given), measure(*given))[1])
+    call, measured = work.Fitness.__call__, []
+    monkeypatch.setattr(work.Fitness, "__call__", lambda self, kept: (measured.append(kept), call(self, kept))[1])
 
     class Stop(Jobs):
         def run(self, function, each, what):
@@ -161,6 +212,8 @@ def test_ablations_are_made_once_and_an_interrupted_one_measures_only_what_is_mi
     before = len(measured)
     assert before == 3 * (1 + 2)  # rankings, of which two are the same, by a fitness and two seeds of steps
     record = work.ablate(exp, Jobs(exp))
+    searched = 2 * 8  # evaluations of two values of τ̂
+    assert before < len(measured) <= before + searched + 2 * 6  # and two seeds of what six answers found
     table, searches = (pd.read_csv(exp.out / f"{name}.csv") for name in ("fitness", "searches"))
     assert len(table) == 4 and table.source.tolist() == ["norm", "legr", "legr-ours", "random"]
     answers = 1 + 2 + 2 * 2  # norm-only, two values of τ̂, two methods stopped twice
@@ -168,6 +221,9 @@ def test_ablations_are_made_once_and_an_interrupted_one_measures_only_what_is_mi
     again = opened(project, "ablations", {"ablations.evaluations": [3, 6]})
     after = len(measured)
     assert work.ablate(again, Jobs(again)) == record and len(measured) == after
+    one_more = {"ablations.evaluations": [3, 6], "ablations.fitness.recalibrated": {"recalibration_images": 64}}
+    work.ablate(opened(project, "ablations", one_more), Jobs(opened(project, "ablations", one_more)))
+    assert len(measured) == after + 3  # one fitness more is measured for each ranking, and nothing else
 
 
 def test_networks_are_those_of_their_own_ranking(project, trained):
@@ -223,8 +279,9 @@ def test_weights_keep_just_the_outputs_of_the_classes(tmp_path, monkeypatch, wei
     monkeypatch.setenv("LEGR_MOBILENET_V2", str(tmp_path / "w.pth.tar"))
     settings = SimpleNamespace(dense=config.DenseSettings(weights=weights), model="mobilenet_v2")
     data = SimpleNamespace(classes=["n01440764", "n02102040", "n03888257"])
-    said = pretrained.start(model, SimpleNamespace(settings=settings, root=tmp_path, data=data))
-    assert said["weights"] == weights.replace("torchvision", "w.pth.tar") and len(said["digest"]) == 16
+    exp = SimpleNamespace(settings=settings, root=tmp_path, data=data)
+    assert pretrained.start(model, exp) == {"weights": weights.replace("torchvision", "w.pth.tar")}
+    assert len(pretrained.weights_digest(exp)) == 16
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = thousand.eval()(x)[:, [0, 217, 701]]  # sorted WordNet ids are ImageNet's order
