@@ -1,5 +1,6 @@
 """The work of the stages: every result carries a key and is made once; published weights give the recorded accuracy."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import legr
 from experiments import config, datasets, pretrained, records, tables, work
@@ -15,6 +17,7 @@ from experiments.jobs import Jobs
 from legr import models
 from legr.files import write_json
 from tests.conftest import NAME, PHOTOS, PROJECT, change
+from tests.test_datasets import plant as photographs
 
 
 def plant(folder, model="resnet56"):
@@ -317,3 +320,29 @@ def test_correlations_over_all_rankings_and_within_kinds():
     assert found.spearman["all"] == rho and found.low["all"] < rho < found.high["all"]
     half = 1.96 * np.sqrt((1 + rho**2 / 2) / 7)
     assert np.arctanh(found.high["all"]) - np.arctanh(found.low["all"]) == pytest.approx(2 * half)
+
+
+def test_a_reader_goes_on_from_the_committed_mobilenet_on_images_of_her_own(tmp_path, monkeypatch):
+    """As data/README.md says: neither our weights nor our copies of the images are at hand."""
+    committed = "results/laptop/imagenet-mobilenetv2/dense/network.safetensors"
+    (tmp_path / committed).parent.mkdir(parents=True)
+    shutil.copy(PROJECT / committed, tmp_path / committed)
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
+
+    def edit(params):
+        settings = params["laptop"][PHOTOS]
+        settings["data"]["holdout"] = 10
+        settings |= {"dense": {"weights": committed}, "targets": [0.7], "compute": {"device": "cpu"}}
+        settings["finetune"]["recipe"] |= {"epochs": 1, "batch_size": 10}
+
+    change(tmp_path, edit)
+    monkeypatch.setenv("LEGR_IMAGENETTE", str(photographs(tmp_path / "images", sorted(pretrained.IMAGENETTE), (3, 1))))
+    monkeypatch.delenv("LEGR_MOBILENET_V2", raising=False)
+    exp = open_experiment("laptop", PHOTOS, "dense", "playground", root=tmp_path)
+    datasets.prepare(exp.settings.data, tmp_path, exp.images)
+    record = work.train_dense(exp)
+    assert (record["weights"], record["train_images"], record["epochs"]) == ("network.safetensors", 20, 0)
+    theirs = load_file(tmp_path / committed)
+    assert all(torch.equal(t, theirs[name]) for name, t in load_file(exp.out / "network.safetensors").items())
+    network = work.train_network(open_experiment("laptop", PHOTOS, "sets/norm", root=tmp_path), "norm", 0.7, 0)
+    assert network["flops_ratio"] < 0.7
