@@ -46,6 +46,7 @@ class RankingSettings(Section):
 
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]  # where candidates are judged; several: their mean
     start: Literal["norm"] | None = None  # "norm": search on from norm-only; None: from random rankings
+    trials: PositiveInt | None = None  # None: as many as the experiment's
     search: SearchSettings = SearchSettings()
     fitness: FitnessSettings = FitnessSettings()
 
@@ -286,6 +287,11 @@ class Experiment:
         if not METHODS[method].learned:
             return None
         return legr.Ranking.load(self.path(f"rankings/{method}/ranking-{trial}.json"))
+
+    def trials(self, method: str) -> range:
+        """A method's trials."""
+        ranking = self.settings.rankings.get(method)
+        return range((ranking and ranking.trials) or self.settings.trials)
 
     def select(self, method: str, target: float, trial: int = 0) -> list[torch.Tensor]:
         """What a method keeps at the fraction `target` of the dense network's FLOPs."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import legr
 from experiments import publish, samples
 from experiments.config import Experiment
+from experiments.methods import METHODS
 from experiments.tables import all_cuts
 from legr.files import UserError, digest
 from legr.search import norm_deviations
@@ -79,9 +80,9 @@ class Cutter:
         """A method's ranking in the first trial, tilted; None for uniform, which has none."""
         if method not in self.exp.methods:
             raise UserError(f"method is {method!r}; it must be one of {', '.join(self.exp.methods)}")
-        if method == "uniform":
+        if METHODS[method].uniform:
             if tilts:
-                raise UserError(f"tilts has {len(tilts)} layers; it must be empty, for uniform has no α and κ to tilt")
+                raise UserError(f"tilts has {len(tilts)} layers; it must be empty, for {method} has no α and κ to tilt")
             return None
         norms = self.exp.norms
         ranking = self.exp.ranking(method, 0) or legr.Ranking.norm_only(len(norms))
@@ -100,10 +101,7 @@ class Cutter:
             UserError: so few FLOPs can't be reached, or there is no such method or layer.
         """
         ranking, graph, floor = self.ranking(method, tilts or {}), self.graph, self.exp.settings.floor
-        if ranking is None:
-            kept = legr.select_uniform(graph, self.exp.norms, target, floor=floor)
-        else:
-            kept = legr.select(graph, ranking.scores(self.exp.norms), target, floor=floor)
+        kept = METHODS[method].select(graph, self.exp.norms, ranking, target, floor)
         flops = graph.flops(kept)
         numbers = {"MFLOPs": flops / 1e6, "FLOPs / dense (%)": 100 * flops / graph.flops()}
         numbers["parameters (thousands)"] = graph.params(kept) / 1e3

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from experiments.config import Experiment, open_experiment
 from experiments.cutter import RECALIBRATED, TUNED, Cutter, Tilt, Tilts, paired
 from experiments.figures import COLORS, LABELS, MARKERS, bars
-from experiments.methods import DENSE
+from experiments.methods import DENSE, METHODS
 from legr.files import UserError
 
 REST = 0.4  # seconds without a change after which the network is judged
@@ -162,7 +162,7 @@ class Explorer(widgets.VBox):
     def _cut(self) -> bool:
         """Cut for the controls' values and show it; False if there is no such cut, which is said."""
         cutter, method, target = self.cutter, self.method.value, self.target.value
-        plain, self.saved.value = method == "uniform", ""
+        plain, self.saved.value = METHODS[method].uniform, ""
         names = [f"{i + 1} (α × {tilt.scale:.3g}, κ {'−+'[tilt.shift >= 0]} {abs(tilt.shift):.3g} s)"
                  for i, tilt in self.tilts.items()]  # fmt: skip
         tilted = "tilted layers: " + (", ".join(names) or "none")

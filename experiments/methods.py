@@ -1,5 +1,6 @@
 """The methods that are compared: one row each. A method's name in params.yaml puts it into the pipeline."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,22 +10,34 @@ import legr
 
 @dataclass(frozen=True)
 class Method:
-    """How a method looks in figures. `learned`: params.yaml says under `rankings` how its ranking is learned."""
+    """How a method chooses filters, and how it looks in figures.
+
+    `learned`: params.yaml says under `rankings` how its ranking is learned; without one it ranks by norms alone.
+    `uniform`: every layer loses the same fraction.
+    `keep`: layers whose output nothing activates stay whole (`Graph.unactivated`), and so in its search.
+    """
 
     name: str
     label: str
     color: str  # of Okabe and Ito's palette, distinct for colour-blind readers
     marker: str
     learned: bool = False
+    uniform: bool = False
+    keep: bool = False
+
+    def kept_layers(self, graph: legr.Graph) -> Collection[str]:
+        """Names of layers that stay whole."""
+        return graph.unactivated if self.keep else ()
 
     def select(
         self, graph: legr.Graph, norms: list[Tensor], ranking: legr.Ranking | None, target: float, floor: float
     ) -> list[Tensor]:
-        """Masks at the fraction `target` of the FLOPs; `ranking` is that of a learned method."""
-        if self.name == "uniform":
-            return legr.select_uniform(graph, norms, target, floor=floor)
-        ranking = ranking if self.learned else legr.Ranking.norm_only(len(norms))
-        return legr.select(graph, ranking.scores(norms), target, floor=floor)
+        """Masks at the fraction `target` of the FLOPs. Without a ranking filters compete by their norms."""
+        keep = self.kept_layers(graph)
+        if self.uniform:
+            return legr.select_uniform(graph, norms, target, floor=floor, keep=keep)
+        ranking = ranking or legr.Ranking.norm_only(len(norms))
+        return legr.select(graph, ranking.scores(norms), target, floor=floor, keep=keep)
 
 
 METHODS = {
@@ -33,7 +46,9 @@ METHODS = {
         Method("legr", "LeGR (the paper's fitness)", "#0072B2", "o", learned=True),
         Method("legr-ours", "LeGR (our fitness)", "#56B4E9", "v", learned=True),
         Method("norm", "norm-only", "#D55E00", "s"),
-        Method("uniform", "uniform", "#009E73", "^"),
+        Method("norm-kept", "norm-only, block outputs kept", "#E69F00", "D", keep=True),
+        Method("uniform", "uniform", "#009E73", "^", uniform=True),
+        Method("uniform-kept", "uniform, block outputs kept", "#CC79A7", "P", uniform=True, keep=True),
     )
 }
 DENSE, PAPER = "#000000", "#7F7F7F"  # colours of the dense network, and of the paper's numbers

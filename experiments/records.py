@@ -71,8 +71,12 @@ def measure(exp: Experiment, made_of: dict, make: Callable[[], dict[str, Any]]) 
 
 
 def find(exp: Experiment, name: str, key: str) -> dict[str, Any] | None:
-    """The record with this key of an earlier run, now in `exp.out` with its files; None if there is none."""
-    for folder in (exp.folder / exp.stage, exp.pipelines / exp.stage, exp.state):
+    """The record with this key of an earlier run, now in `exp.out` with its files; None if there is none.
+
+    It may be of another method, whose network came out the same.
+    """
+    others = sorted((exp.pipelines / exp.stage).parent.glob("*"))
+    for folder in (exp.folder / exp.stage, exp.pipelines / exp.stage, exp.state, *others):
         record = _read(folder, name, key)
         if record.get("key") != key or not all((folder / file).exists() for file in record["files"]):
             continue

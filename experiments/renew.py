@@ -15,6 +15,7 @@ from pandas import json_normalize
 
 from experiments import work
 from experiments.config import Experiment, open_experiment
+from experiments.methods import METHODS
 from experiments.records import PACKED, measurements
 from legr.files import digest, read_json, tensors_digest, write_json
 
@@ -42,13 +43,16 @@ def main(scale: str, name: str) -> int:
 
 def wanted_records(exp: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
     """Files below the experiment's results, and what they should be made of; measurements are not among them."""
-    inputs, trials = exp.dense["made_of"]["inputs"], range(exp.settings.trials)
+    inputs = exp.dense["made_of"]["inputs"]
     yield "dense/dense.json", work.dense_made_of(exp, inputs["images"], inputs.get("weights"))
-    for (method, settings), trial in product(exp.settings.rankings.items(), trials):
-        yield f"rankings/{method}/record-{trial}.json", work.ranking_made_of(exp, settings, trial)
-    for method, target, trial in product(exp.methods, exp.settings.targets, trials):
-        kept = exp.select(method, target, trial)
-        yield f"sets/{method}/{target}-{trial}.json", work.network_made_of(exp, kept, trial)
+    for method, settings in exp.settings.rankings.items():
+        for trial in exp.trials(method):
+            wanted = work.ranking_made_of(exp, settings, trial, METHODS[method].keep)
+            yield f"rankings/{method}/record-{trial}.json", wanted
+    for method in exp.methods:
+        for target, trial in product(exp.settings.targets, exp.trials(method)):
+            kept = exp.select(method, target, trial)
+            yield f"sets/{method}/{target}-{trial}.json", work.network_made_of(exp, kept, trial)
     yield "ablations/ablations.json", work.ablations_made_of(exp)
 
 

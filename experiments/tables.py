@@ -30,9 +30,11 @@ def network(exp: Experiment, method: str, target: float) -> nn.Module:
 
 def all_networks(exp: Experiment) -> pd.DataFrame:
     """The records of all pruned networks of the experiment: every method, target and trial."""
-    names = [(m, t, k) for m in exp.methods for t in exp.settings.targets for k in range(exp.settings.trials)]
+    names = [(m, t, k) for m in exp.methods for t in exp.settings.targets for k in exp.trials(m)]
     what = "record of a pruned network (the set stage makes it)"
-    rows = [read_json(exp.path(f"sets/{method}/{target}-{trial}.json"), what) for method, target, trial in names]
+    records = [read_json(exp.path(f"sets/{method}/{target}-{trial}.json"), what) for method, target, trial in names]
+    # One network may be that of two methods.
+    rows = [record | {"method": method} for record, (method, _, _) in zip(records, names, strict=True)]
     if len(epochs := {row["epochs"] for row in rows}) > 1:
         found = f"{sorted(epochs)} epochs; give all methods the same (notebook 3)"
         raise UserError(f"networks that are to be compared were fine-tuned for {found}")
@@ -82,10 +84,10 @@ def shared_with_norm_only(exp: Experiment) -> pd.DataFrame:
         own, other = torch.cat(exp.select(method, target, trial)), torch.cat(exp.select("norm", target))
         return 100 * ((own & other).sum() / (own | other).sum()).item()
 
-    trials, targets = range(exp.settings.trials), sorted(exp.settings.targets, reverse=True)
+    targets = sorted(exp.settings.targets, reverse=True)
     rows = {
         METHODS[method].label: [
-            statistics.mean(shared(method, target, trial) for trial in trials) for target in targets
+            statistics.mean(shared(method, target, trial) for trial in exp.trials(method)) for target in targets
         ]
         for method in exp.methods
         if method != "norm"
@@ -169,7 +171,7 @@ def beside_authors(exp: Experiment) -> dict[str, list[list[Tensor]]]:
     for name, masks in authors_networks(exp).items():
         share = float(name.removeprefix("paper ").strip("%")) / 100
         for method in exp.methods:
-            trials = range(exp.settings.trials if METHODS[method].learned else 1)
+            trials = exp.trials(method) if METHODS[method].learned else range(1)
             found[f"{method} at {share:.0%}"] = [exp.select(method, share, trial) for trial in trials]
         found[name] = [masks]
     return found
@@ -207,7 +209,7 @@ def set_cost(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for method in exp.settings.rankings:
-        names = [f"rankings/{method}/record-{trial}.json" for trial in range(exp.settings.trials)]
+        names = [f"rankings/{method}/record-{trial}.json" for trial in exp.trials(method)]
         searches = pd.DataFrame([read_json(exp.path(name), "record of a search") for name in names])
         hardware, own = searches.hardware[0], table[table.method == method]
         tuning = own[own.hardware == hardware].groupby("target").seconds.mean().mean() / 3600

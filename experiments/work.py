@@ -6,6 +6,7 @@ function says what it is made of, and one makes it.
 
 import functools
 import statistics
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import legr
 from experiments import pretrained
 from experiments.config import Experiment, RankingSettings
 from experiments.jobs import Jobs, progress
+from experiments.methods import METHODS
 from experiments.records import PACKED, made_of, masks_digest, measure, measurements, once, pack, said
 from legr import models, training
 from legr.files import atomic, digest, write_text
@@ -68,22 +70,23 @@ def _train_dense(exp: Experiment) -> dict[str, Any]:
     return values | {"files": ["network.safetensors", "training.csv"]}
 
 
-def ranking_made_of(exp: Experiment, settings: RankingSettings, trial: int) -> dict[str, Any]:
-    """A search's seed is the trial's number."""
-    ranking = said(settings.model_copy(update={"search": settings.search.model_copy(update={"seed": 0})}))
-    others = said(exp.settings, {"floor": True} | AUGMENTATION)
+def ranking_made_of(exp: Experiment, settings: RankingSettings, trial: int, keep: bool) -> dict[str, Any]:
+    """A search's seed is the trial's number. `keep`: see `Method`."""
+    search = settings.search.model_copy(update={"seed": 0})
+    ranking = said(settings.model_copy(update={"search": search, "trials": None}))
+    others = said(exp.settings, {"floor": True} | AUGMENTATION) | ({"keep": True} if keep else {})
     return made_of(exp, "ranking", {"ranking": ranking} | others, exp.inputs, trial)
 
 
 def learn(exp: Experiment, method: str, trial: int) -> dict[str, Any]:
     """Learn a method's ranking in one trial."""
-    wanted = ranking_made_of(exp, exp.settings.rankings[method], trial)
+    wanted = ranking_made_of(exp, exp.settings.rankings[method], trial, METHODS[method].keep)
     return once(exp, f"record-{trial}", wanted, lambda: _learn(exp, method, trial))
 
 
 def _learn(exp: Experiment, method: str, trial: int) -> dict[str, Any]:
     settings = exp.settings.rankings[method]
-    result = _search(exp, settings, trial, f"{method}, trial {trial}")
+    result = _search(exp, settings, trial, METHODS[method].kept_layers(exp.graph), f"{method}, trial {trial}")
     result.ranking.save(exp.state / f"ranking-{trial}.json")
     write_text(exp.state / f"search-{trial}.csv", result.history.drop(columns="seconds").to_csv(index=False))
     maps = {name: np.array([getattr(c, name) for c in result.candidates]) for name in ("scale", "shift")}
@@ -96,7 +99,9 @@ def _learn(exp: Experiment, method: str, trial: int) -> dict[str, Any]:
     return values | {"files": files}
 
 
-def _search(exp: Experiment, settings: RankingSettings, trial: int, what: str) -> legr.search.SearchResult:
+def _search(
+    exp: Experiment, settings: RankingSettings, trial: int, keep: Collection[str], what: str
+) -> legr.search.SearchResult:
     search = settings.search.model_copy(update={"seed": trial})
     return legr.learn_ranking(
         exp.model,
@@ -107,6 +112,7 @@ def _search(exp: Experiment, settings: RankingSettings, trial: int, what: str) -
         fitness=settings.fitness,
         compute=exp.compute,
         floor=exp.settings.floor,
+        keep=keep,
         start=legr.Ranking.norm_only(len(exp.norms)) if settings.start == "norm" else None,
         state_folder=exp.state,
         log=progress(what, search.evaluations, "loss", "best"),
@@ -131,7 +137,7 @@ def _train_network(exp: Experiment, method: str, target: float, trial: int, kept
     compute = exp.compute
     fit, holdout, test = (images.to(compute.device) for images in (exp.data.fit, exp.data.holdout, exp.data.test))
     small = legr.prune(exp.model, exp.graph, kept).to(compute.device, memory_format=torch.channels_last)
-    values = {"method": method, "target": target, "trial": trial, "flops": exp.graph.flops(kept)}
+    values = {"target": target, "trial": trial, "flops": exp.graph.flops(kept)}
     values |= {"flops_ratio": values["flops"] / exp.graph.flops(), "params": exp.graph.params(kept)}
     values["accuracy_before"] = training.evaluate(small, test, compute)["accuracy"]
     values["accuracy_recalibrated"] = recalibrated_accuracy(exp, kept, test)
@@ -282,7 +288,8 @@ def try_search(exp: Experiment, question: str, answer: str) -> pd.DataFrame:
     if not question:
         ranking = legr.Ranking.norm_only(len(exp.norms))
     elif variant := settings.variants.get((question, answer)):
-        record = measure(exp, ranking_made_of(exp, variant, 0), lambda: _try(exp, variant, f"{question}: {answer}"))
+        wanted = ranking_made_of(exp, variant, 0, False)
+        record = measure(exp, wanted, lambda: _try(exp, variant, f"{question}: {answer}"))
         ranking, seconds = legr.Ranking(**record["ranking"]), record["seconds"]
     else:
         history, candidates = searched(exp, question.partition(":")[0])
@@ -295,7 +302,7 @@ def try_search(exp: Experiment, question: str, answer: str) -> pd.DataFrame:
 
 
 def _try(exp: Experiment, settings: RankingSettings, what: str) -> dict[str, Any]:
-    result = _search(exp, settings, 0, what)
+    result = _search(exp, settings, 0, (), what)
     return {"ranking": vars(result.ranking), "seconds": round(float(result.history.seconds.sum()), 1)}
 
 

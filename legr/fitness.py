@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,7 @@ class Fitness:
     compute: Compute
     floor: float = FLOOR
     seed: int = 0
+    keep: Collection[str] = ()  # layers that stay whole, see `select`
 
     def __post_init__(self):
         if self.data.train.shape != self.graph.inputs:
@@ -68,7 +69,7 @@ class Fitness:
     def select(self, ranking: Ranking) -> list[Masks]:
         """What `ranking` keeps at each of `targets`."""
         scores = ranking.scores(self.norms)
-        return [select(self.graph, scores, target, floor=self.floor) for target in self.targets]
+        return [select(self.graph, scores, target, floor=self.floor, keep=self.keep) for target in self.targets]
 
     def network(self, kept: Masks) -> nn.Module:
         """The network that is judged: pruned, tuned by τ̂ steps, recalibrated, as the settings ask."""

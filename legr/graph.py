@@ -79,6 +79,8 @@ class Graph:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the network's parameters and buffers
     constants: dict[str, Any] = field(default_factory=dict)  # what the network has when it is traced alone, by its path
     frozen: frozenset[str] = frozenset()  # modules that stay in eval mode when the network is trained
+    # Layers whose output is added or convolved before anything activates it: residual streams, linear bottlenecks.
+    unactivated: tuple[str, ...] = ()
     members: list[dict[int, int]] = field(init=False)  # per unit: how many filters of which layer (by its index)
 
     def __post_init__(self):
@@ -205,6 +207,7 @@ class Labeller(fx.Interpreter):
         self.operations: list[Operation] = []
         self.prunable: list[Operation] = []
         self.whole: dict[str, str] = {}
+        self.kinds: dict[fx.Node, type | str] = {}  # of operations with a rule: its name in `RULES`
         parts = [attrgetter(n.target)(network) for n in network.graph.nodes if n.op in ("call_module", "get_attr")]
         tensors = [tensors_of(part).values() if isinstance(part, nn.Module) else [part] for part in parts]
         self.uses = Counter(id(t) for own in tensors for t in own)  # of parameters and buffers, by their id
@@ -232,6 +235,7 @@ class Labeller(fx.Interpreter):
             other_params=0,
             other_flops=0,
             whole=self.whole,
+            unactivated=self.unactivated([layer.module for layer in layers]),
         )
         # torch.fx drops parameters that are not used. The counter's FLOPs are two a multiply-accumulate.
         graph.other_params = sum(p.numel() for p in self.module.parameters()) - graph.params()
@@ -285,7 +289,32 @@ class Labeller(fx.Interpreter):
             name, home = name.__name__, str(name.__module__).partition(".")[0]
         if name not in RULES or home not in ("torch", "torchvision", "_operator", "builtins"):
             raise _Whole(self.leaves.get(self.node.target, "no rule says what it does to channels"))
+        self.kinds[self.node] = name
         return RULES[name]
+
+    def unactivated(self, layers: Sequence[str]) -> tuple[str, ...]:
+        """Those of `layers` whose output is added to something or convolved before anything activates it.
+
+        BatchNorm, pooling, a product with weights of channels, and a depthwise convolution activate nothing.
+        """
+        reaching: dict[fx.Node, set[str]] = {}  # layers whose output, not activated, a node's value is made of
+        found: set[str] = set()
+        for node in self.module.graph.nodes:
+            kind = self.kinds.get(node)
+            sources = [reaching[source] for source in node.all_input_nodes if source in reaching]
+            layers_before = set().union(*sources)
+            convolves = kind in (nn.Conv2d, nn.Linear)
+            if kind is nn.Conv2d:
+                conv = self.module.get_submodule(str(node.target))
+                convolves = not conv.groups == conv.in_channels == conv.out_channels > 1
+            adds = kind in ADDING and len(node.all_input_nodes) > 1
+            if convolves or adds:
+                found |= layers_before
+            if convolves:
+                reaching[node] = {str(node.target)}
+            elif kind is not None and kind not in ACTIVATIONS:
+                reaching[node] = layers_before
+        return tuple(layer for layer in layers if layer in found)
 
     def only_passes_on(self) -> bool:
         """Whether the current module gives what it gets in eval mode, as dropout, and mixes nothing in training."""
@@ -448,12 +477,15 @@ def _getitem(net: Labeller, x: Any, index: Any) -> Any:
     return x[index]
 
 
-POINTWISE = [
+ACTIVATIONS = [
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Sigmoid,
-    nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Dropout, nn.Dropout2d, nn.Identity,
+    nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.PReLU,
     "relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "sigmoid", "sigmoid_", "tanh", "hardswish",
-    "hardsigmoid", "hardtanh", "softplus", "clamp", "clamp_", "neg", "abs", "sqrt", "exp", "dropout", "dropout2d",
-    "stochastic_depth", "contiguous", "float", "clone", "detach", "to", "type_as",
+    "hardsigmoid", "hardtanh", "softplus", "clamp", "clamp_", "abs", "sqrt", "exp",
+]  # fmt: skip
+POINTWISE = [
+    *ACTIVATIONS, nn.Dropout, nn.Dropout2d, nn.Identity, "neg", "dropout", "dropout2d", "stochastic_depth",
+    "contiguous", "float", "clone", "detach", "to", "type_as",
 ]  # fmt: skip
 BY_MAP = [
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.UpsamplingBilinear2d,
@@ -461,7 +493,8 @@ BY_MAP = [
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate",
     "mean", "sum", "amax", "amin", "std", "var", "logsumexp",
 ]  # fmt: skip
-JOINING = ["add", "add_", "iadd", "sub", "sub_", "isub", "mul", "mul_", "imul", "div", "div_", "truediv", "itruediv"]
+ADDING = ["add", "add_", "iadd", "sub", "sub_", "isub"]
+JOINING = [*ADDING, "mul", "mul_", "imul", "div", "div_", "truediv", "itruediv"]
 MOVING = [nn.Flatten, "flatten", "permute", "squeeze", "unsqueeze", "expand_as", "cat", "concat"]
 RULES: dict[type | str, Rule] = {
     **dict.fromkeys(POINTWISE, _pointwise), **dict.fromkeys(BY_MAP, _by_map), **dict.fromkeys(JOINING, _joining),

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,6 +128,7 @@ def learn_ranking(
     fitness: FitnessSettings | None = None,
     compute: Compute | None = None,
     floor: float = FLOOR,
+    keep: Collection[str] = (),
     start: Ranking | None = None,
     state_folder: str | Path | None = None,
     log: Log | None = None,
@@ -140,6 +141,7 @@ def learn_ranking(
         data: candidates are judged on `data.holdout`; recalibration and steps use `data.fit`.
         targets: the fraction of the dense FLOPs at which candidates are judged; with several, see `Fitness`.
         floor: the fraction of each layer that stays at least.
+        keep: names of layers that stay whole, such as `graph.unactivated`.
         start: a ranking to search on from; None starts with random ones, as the paper does.
         state_folder: where the fitness of every network is noted, in a file whose name is made of all that the result
             depends on, this library's code and what the network computes included. A search found there is replayed
@@ -151,12 +153,13 @@ def learn_ranking(
     """
     search, compute = search or SearchSettings(), (compute or Compute()).resolve()
     targets = np.atleast_1d(targets).tolist()
-    judge = Fitness(model, graph, data, targets, fitness or FitnessSettings(), compute, floor, search.seed)
+    judge = Fitness(model, graph, data, targets, fitness or FitnessSettings(), compute, floor, search.seed, keep)
     judged: dict[str, dict[str, float]] = {}  # by what is kept: loss, accuracy and the seconds that they took
     path = None
     if state_folder is not None:
         given = [tensors_digest(model.state_dict()), data.digest(), data.train.augmentation.model_dump(), targets]
         given += [search.model_dump(), judge.settings.model_dump(), compute.model_dump(), floor, start and vars(start)]
+        given.append(sorted(keep))
         computed_by = [code_digest(), source(type(data.train)), computation(model), str(graph.traced)]
         path = state_path(state_folder, "search", given, computed_by, ".json")
         judged = _read(path)

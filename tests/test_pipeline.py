@@ -188,6 +188,7 @@ def test_the_code_of_this_folder_runs_whatever_is_installed(copy):
     """Two checkouts and one environment, in which the other one is installed."""
     models = copy / "legr/models.py"
     models.write_text(models.read_text().replace("CifarResNet(9, num_classes)", "CifarResNet(1, num_classes)"))
+    shutil.rmtree(results(copy) / "dense")
     command = [sys.executable, "-m", "experiments", "dense", "demo", NAME]
     ended = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=PLAIN)
     assert ended.returncode == 0, ended.stderr

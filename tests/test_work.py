@@ -135,7 +135,7 @@ def test_a_result_of_another_device_is_not_made_again(project, setting):
 def test_a_key_holds_what_is_said_and_not_what_is_left_as_it_is(project):
     """A default that is written out is no other setting, nor is the name of a method."""
     exp = opened(project, "rankings/legr")
-    wanted = work.ranking_made_of(exp, exp.settings.rankings["legr"], 1)
+    wanted = work.ranking_made_of(exp, exp.settings.rankings["legr"], 1, False)
     assert wanted["settings"]["ranking"] == {
         "targets": [0.47],
         "search": {"population": 3, "evaluations": 6, "sample": 2},
@@ -148,7 +148,7 @@ def test_a_key_holds_what_is_said_and_not_what_is_left_as_it_is(project):
 
 
 def _first(project, overrides):
-    return opened(project, "rankings/legr", overrides).settings.rankings["legr"], 1
+    return opened(project, "rankings/legr", overrides).settings.rankings["legr"], 1, False
 
 
 def test_one_more_version_makes_what_follows_anew(project, trained, monkeypatch):
@@ -249,8 +249,9 @@ def test_the_cost_of_a_set_is_of_one_machine(tmp_path):
     table = pd.DataFrame(
         [["legr", t, *row] for t, row in seconds.items()], columns=["method", "target", "hardware", "seconds"]
     )
-    settings = SimpleNamespace(rankings={"legr": None}, trials=2)
-    cost = tables.set_cost(SimpleNamespace(settings=settings, path=lambda name: tmp_path / name), table)
+    settings = SimpleNamespace(rankings={"legr": None})
+    exp = SimpleNamespace(settings=settings, trials=lambda method: range(2), path=lambda name: tmp_path / name)
+    cost = tables.set_cost(exp, table)
     assert cost.set_index("networks")["one search"][2] == 2 + 2 * 1.5 and cost.ratio[0] == 1
 
 
