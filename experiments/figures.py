@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.methods import DENSE, METHODS, PAPER
+from experiments.stats import interval
 from legr.files import atomic, write_text
 from legr.graph import Graph
 from legr.ranking import Ranking, select
@@ -48,13 +49,6 @@ def save(figure: Figure, path: str | Path) -> Figure:
     write_text(f"{path}.csv", figure.data.to_csv(index=False, float_format="%.6g"))
     plt.close(figure)
     return figure
-
-
-def interval(values: pd.Series) -> float:
-    """Half the width of the mean's 95% interval (Student's t); NaN for a single value."""
-    from scipy.stats import sem, t
-
-    return float(t.ppf(0.975, len(values) - 1) * sem(values)) if len(values) > 1 else np.nan
 
 
 def _figure(data: pd.DataFrame, caption: str, width: float, height: float, rows: int = 1, columns: int = 1):
@@ -263,7 +257,7 @@ def idea(
 
 
 def hero(panels: Sequence[tuple[str, pd.DataFrame, Mapping[str, float]]], caption: str) -> Figure:
-    """A row for each experiment: accuracy over FLOPs (left), and points over norm-only, paired by trial (right).
+    """A row for each experiment: accuracy over FLOPs (left), and points over norm-only's mean (right).
 
     Args:
         panels: a title, a table as for `tradeoff`, and the dense network's record.
@@ -273,8 +267,8 @@ def hero(panels: Sequence[tuple[str, pd.DataFrame, Mapping[str, float]]], captio
     figure, axes = _figure(everything[columns], caption, 12, 3.6 * len(panels) + 0.8, rows=len(panels), columns=2)
     for (left, right), (title, table, dense) in zip(axes, panels, strict=True):
         base = "norm" if "norm" in set(table.method) else table.method[0]
-        less = table.set_index(["method", "target", "trial"]).accuracy
-        less = (less - less[base].reindex(less.index.droplevel(0)).to_numpy()).reset_index()
+        mean = table[table.method == base].groupby("target").accuracy.mean()
+        less = table.assign(accuracy=table.accuracy - table.target.map(mean))
         for ax, part in ((left, table), (right, less)):
             groups = part.groupby(["method", "target"])
             points = pd.DataFrame({"y": 100 * groups.accuracy.mean(), "below": 100 * groups.accuracy.agg(interval)})

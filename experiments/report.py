@@ -96,7 +96,6 @@ def _build(experiments: list[Experiment], out: Path) -> None:
         digits=first.settings.data.name == "digits",
         titles=titles,
         findings=findings,
-        rules=claims,
         claims=answers.groupby(["claim", "paper"], sort=False),
         places=places,
         hours=hours.assign(total=hours.sum(axis=1)).round(2),

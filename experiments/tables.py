@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import legr
 from experiments import latency
 from experiments.config import Experiment
-from experiments.figures import interval
 from experiments.methods import METHODS
 from experiments.records import hardware, made_of, masks_digest, measure, measurements, pack, said
+from experiments.stats import interval
 from legr import models
 from legr.files import UserError, read_json
 
@@ -255,6 +255,14 @@ def beside_other_work(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     rows["FLOPs left"] = [f"{target:.0%}" for target in rows.target]
     rows = rows.rename(columns={"dense_percent": "dense (%)", "accuracy_percent": "pruned (%)"})
     return rows[["network", "FLOPs left", "dense (%)", "pruned (%)", "drop", "source"]]
+
+
+def paper_changes(model: str) -> dict[float, float]:
+    """The paper's change of accuracy from its dense network in points, by target; empty for other networks."""
+    table = pd.read_csv(Path(__file__).with_name("paper.csv"))
+    rows = table[(table.model == model) & table.network.str.startswith("LeGR ")]
+    targets = rows.network.str.extract(r"(\d+)%", expand=False).astype(float) / 100
+    return dict(zip(targets, (rows.accuracy_percent - rows.dense_percent).round(2), strict=True))
 
 
 def papers_networks(exp: Experiment) -> pd.DataFrame | None:

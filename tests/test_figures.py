@@ -9,15 +9,16 @@ from PIL import Image
 from scipy import stats
 
 from experiments import figures
+from experiments.stats import interval
 from tests.conftest import random_kept
 
 
 def test_the_interval_is_students():
     values = pd.Series([92.1, 92.5, 91.8])
     low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
-    assert figures.interval(values) == pytest.approx((high - low) / 2)
-    assert figures.interval(pd.Series([1.0, 2.0])) == pytest.approx(12.706 * 0.5, rel=1e-3)  # t(0.975, 1) = 12.706
-    assert math.isnan(figures.interval(values[:1]))
+    assert interval(values) == pytest.approx((high - low) / 2)
+    assert interval(pd.Series([1.0, 2.0])) == pytest.approx(12.706 * 0.5, rel=1e-3)  # t(0.975, 1) = 12.706
+    assert math.isnan(interval(values[:1]))
 
 
 def history(count=8):
@@ -66,7 +67,7 @@ def test_every_figure_is_drawn_and_carries_its_numbers(tmp_path, draw):
 def test_intervals_are_drawn_where_there_are_several_trials():
     left, _ = tradeoff().axes
     bars = [bar for curve in left.containers for bar in curve.lines[2][0].get_segments()]
-    height = 200 * figures.interval(pd.Series([0.9, 0.89, 0.88]))
+    height = 200 * interval(pd.Series([0.9, 0.89, 0.88]))
     assert len(bars) == 4 and all(bar[1][1] - bar[0][1] == pytest.approx(height) for bar in bars)
 
 
