@@ -22,7 +22,7 @@ from legr.files import Settings as Section
 from legr.files import UserError, code_digest, read_json, tensors_digest
 from legr.fitness import FitnessSettings
 from legr.ranking import FLOOR
-from legr.search import SearchSettings
+from legr.search import FinalistSettings, SearchSettings
 from legr.training import Compute, Recipe
 
 Target = Annotated[float, Field(gt=0, le=1)]  # a fraction of the dense network's FLOPs
@@ -49,6 +49,7 @@ class RankingSettings(Section):
     trials: PositiveInt | None = None  # None: as many as the experiment's
     search: SearchSettings = SearchSettings()
     fitness: FitnessSettings = FitnessSettings()
+    finalists: FinalistSettings | None = None  # a second look at the best candidates
 
 
 class FinetuneSettings(Section):

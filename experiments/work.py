@@ -114,6 +114,7 @@ def _search(
         floor=exp.settings.floor,
         keep=keep,
         start=legr.Ranking.norm_only(len(exp.norms)) if settings.start == "norm" else None,
+        finalists=settings.finalists,
         state_folder=exp.state,
         log=progress(what, search.evaluations, "loss", "best"),
     )

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,8 @@ from legr.files import (
 from legr.fitness import Fitness, FitnessSettings
 from legr.graph import Graph
 from legr.ranking import FLOOR, Ranking
-from legr.training import Compute, Log
+from legr.surgery import prune
+from legr.training import Compute, Log, Recipe, evaluate, train
 
 
 class SearchSettings(Settings):
@@ -44,6 +45,18 @@ class SearchSettings(Settings):
         if self.evaluations < self.population:
             raise ValueError(f"evaluations is {self.evaluations}; it must be at least population ({self.population})")
         return self
+
+
+class FinalistSettings(Settings):
+    """A second look at a search's best candidates: each is trained, and the highest held-out accuracy wins.
+
+    Trainings shorter than about three epochs, or without a falling rate, show a head start and not the order that a
+    whole fine-tuning ends in.
+    """
+
+    count: PositiveInt = 5  # of the candidates with the lowest losses that cut different networks, beside norm-only
+    targets: Annotated[tuple[float, ...], Field(min_length=1)]  # fractions of the dense FLOPs at which they are trained
+    recipe: Recipe
 
 
 class Evolution:
@@ -116,6 +129,7 @@ class SearchResult:
     ranking: Ranking  # the best (α, κ)
     history: pd.DataFrame
     candidates: list[Ranking]  # in the order of `history`
+    finalists: pd.DataFrame | None = None  # of a second look: candidate (its place in `history`), loss, accuracy
 
 
 def learn_ranking(
@@ -130,6 +144,7 @@ def learn_ranking(
     floor: float = FLOOR,
     keep: Collection[str] = (),
     start: Ranking | None = None,
+    finalists: FinalistSettings | None = None,
     state_folder: str | Path | None = None,
     log: Log | None = None,
 ) -> SearchResult:
@@ -143,6 +158,7 @@ def learn_ranking(
         floor: the fraction of each layer that stays at least.
         keep: names of layers that stay whole, such as `graph.unactivated`.
         start: a ranking to search on from; None starts with random ones, as the paper does.
+        finalists: a second look at the best candidates; None takes the one with the lowest loss, as the paper does.
         state_folder: where the fitness of every network is noted, in a file whose name is made of all that the result
             depends on, this library's code and what the network computes included. A search found there is replayed
             from its start, without evaluating again.
@@ -180,7 +196,40 @@ def learn_ranking(
         told.add(key)
         if log:
             log(evolution.history[-1])
-    return SearchResult(evolution.best, pd.DataFrame(evolution.history), evolution.candidates)
+    history, candidates = pd.DataFrame(evolution.history), evolution.candidates
+    if finalists is None:
+        return SearchResult(evolution.best, history, candidates)
+    looked_at = _second_look(judge, history, candidates, finalists, state_folder)
+    best = candidates[looked_at.candidate[looked_at.accuracy.idxmax()]]
+    return SearchResult(best, history, candidates, looked_at)
+
+
+def _second_look(
+    judge: Fitness,
+    history: pd.DataFrame,
+    candidates: list[Ranking],
+    settings: FinalistSettings,
+    state_folder: str | Path | None,
+) -> pd.DataFrame:
+    """Train the best candidates, and norm-only, at every target: columns candidate, loss, accuracy (the mean)."""
+    looking = replace(judge, targets=settings.targets)
+    fit = looking.data.fit.to(looking.compute.device)
+    holdout = looking.data.holdout.to(looking.compute.device)
+    norm_only = candidates.index(Ranking.norm_only(len(judge.norms)))
+    rows, seen = [], set()
+    for number in [norm_only, *history.loss.argsort(kind="stable")]:
+        networks = looking.select(candidates[number])
+        key = tensors_digest({"kept": torch.cat([mask for kept in networks for mask in kept])})
+        if key in seen or len(rows) > settings.count:
+            continue
+        seen.add(key)
+        accuracies = []
+        for kept in networks:
+            small = prune(looking.model, looking.graph, kept)
+            train(small, fit, settings.recipe, looking.compute, seed=looking.seed, state_folder=state_folder)
+            accuracies.append(evaluate(small, holdout, looking.compute)["accuracy"])
+        rows.append((int(number), float(history.loss[number]), sum(accuracies) / len(accuracies)))
+    return pd.DataFrame(rows, columns=["candidate", "loss", "accuracy"])
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

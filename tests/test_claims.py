@@ -88,9 +88,8 @@ def test_a_verdict_is_that_of_the_mean_over_the_papers_counts(experiment, points
     found, evidence = verdicts(exp)
     assert found[NORMS] == verdict and "15% −50.00" in evidence[NORMS]
     low, high = claims.difference(exp, "legr", "norm")[1:3]
-    values = [
-        [100 * noisy(lambda *_: w)(m, 0, k) for k in range(3)] for m, w in (("legr", sum(points) / 2), ("norm", 0))
-    ]
+    more = noisy(lambda method, _: sum(points) / 2 if method == "legr" else 0)
+    values = [[100 * more(method, 0, trial) for trial in range(3)] for method in ("legr", "norm")]
     expected = ttest_ind(*values, equal_var=False).confidence_interval(0.95)
     assert (low, high) == pytest.approx((expected.low, expected.high))
     assert claims.finding(exp).startswith(f"LeGR (the paper's fitness): {verdict} beside norm-only (")

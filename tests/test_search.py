@@ -8,7 +8,8 @@ from pydantic import ValidationError
 import legr
 from legr import search as search_module
 from legr.fitness import Fitness, FitnessSettings
-from legr.search import Evolution, SearchSettings, learn_ranking
+from legr.search import Evolution, FinalistSettings, SearchSettings, learn_ranking
+from legr.training import Recipe, evaluate, train
 
 SHORT = SearchSettings(population=6, evaluations=15, sample=3)
 
@@ -164,6 +165,32 @@ def test_a_network_that_comes_again_is_evaluated_once(small, digits, compute, mo
     keys = [torch.cat(judge.select(c)[0]).numpy().tobytes() for c in plain.candidates]
     assert evaluated == list(dict.fromkeys(keys))
     assert len(evaluated) < 40
+
+
+def test_a_second_look_trains_the_best_candidates_and_norm_only(small, digits, compute, tmp_path):
+    settings = SearchSettings(population=4, evaluations=8, sample=2)
+    fitness, recipe = FitnessSettings(validation_images=64), Recipe(epochs=1, batch_size=64, lr=0.01)
+    finalists = FinalistSettings(count=3, targets=(0.7, 0.6), recipe=recipe)
+    options = {"search": settings, "fitness": fitness, "compute": compute, "state_folder": tmp_path}
+    plain = learn_ranking(*small, digits, 0.6, **options)
+    assert plain.finalists is None and plain.ranking == plain.candidates[plain.history.loss.argmin()]
+    result = learn_ranking(*small, digits, 0.6, finalists=finalists, **options)
+    assert result.candidates == plain.candidates
+    table = result.finalists
+    assert len(table) == 4 and result.candidates[table.candidate[0]] == legr.Ranking.norm_only(len(small[1].layers))
+    assert table.loss[1:].is_monotonic_increasing and table.loss.min() == result.history.loss.min()
+    winner = result.candidates[table.candidate[table.accuracy.idxmax()]]
+    assert result.ranking == winner
+    accuracies = []
+    for target in finalists.targets:
+        norms = legr.filter_norms(*small)
+        network = legr.prune(*small, legr.select(small[1], winner.scores(norms), target))
+        train(network, digits.fit, recipe, compute, seed=0)
+        accuracies.append(evaluate(network, digits.holdout, compute)["accuracy"])
+    assert table.accuracy.max() == pytest.approx(sum(accuracies) / 2)
+    assert len(list(tmp_path.glob("training-*.pt"))) == 4 * 2
+    again = learn_ranking(*small, digits, 0.6, finalists=finalists, **options)
+    assert again.finalists.equals(table)
 
 
 def test_targets_may_be_numpys(small, digits, compute):
