@@ -72,6 +72,7 @@ class AblationSettings(Section):
     steps: PositiveInt = 200  # of fine-tuning
     lr: float = Field(0.01, gt=0)
     batch_size: PositiveInt = 64
+    recalibration_images: NonNegativeInt = 0  # after the steps, as in a fitness
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1,)
     fitness: dict[str, FitnessSettings]  # a name for figures: what is measured
     search: RankingSettings  # of which `vary` changes one setting at a time

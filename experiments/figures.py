@@ -37,7 +37,7 @@ LABELS = {name: method.label for name, method in METHODS.items()} | {
     "paper": "LeGR's authors (paper)",
 }
 COLORS = {name: method.color for name, method in METHODS.items()} | {"random": PAPER, "paper": PAPER}
-QUESTIONS = {"flops": "FLOPs at which the search judges", "fitness.steps": "gradient steps τ̂ of the fitness"}
+QUESTIONS = {"targets": "FLOPs at which the search judges", "fitness.steps": "gradient steps τ̂ of the fitness"}
 MARKERS = {name: method.marker for name, method in METHODS.items()} | {"random": "X"}
 
 
@@ -411,15 +411,44 @@ def tuning(curves: pd.DataFrame, caption: str) -> Figure:
     return _legend(figure)
 
 
-def answers(table: pd.DataFrame, caption: str) -> Figure:
-    """What a search depends on, a panel for each question: accuracy less norm-only's by seed, over targets.
+def order(table: pd.DataFrame, caption: str) -> Figure:
+    """Which epoch of fine-tuning orders networks as the end does: Spearman's ρ over epochs, a line for each target.
 
     Args:
-        table: columns question ("": norm-only), answer, target, seed, accuracy.
+        table: columns target, epoch, spearman.
     """
-    keys = ["question", "answer", "target", "seed"]
-    wide = table.set_index(keys).accuracy.unstack(["target", "seed"])
-    less = 100 * (wide - wide.loc[("", "norm")]).drop(index="").stack(["target", "seed"], future_stack=True)
+    figure, ((ax,),) = _figure(table, caption, 7, 4.2)
+    targets = sorted(table.target.unique(), reverse=True)
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(targets)))
+    for target, color in zip(targets, colors, strict=True):
+        part = table[table.target == target]
+        ax.plot(part.epoch, part.spearman, color=color, marker="o", ms=4, label=f"{target:.0%} FLOPs")
+    ax.axhline(0, color=PAPER, lw=1)
+    ax.set(xlabel="epochs of fine-tuning", ylabel="ρ with the final test accuracy", ylim=(-1, 1.05))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(loc="lower right")
+    return figure
+
+
+def answers(table: pd.DataFrame, caption: str) -> Figure:
+    """What a search depends on, a panel for each question: accuracy less norm-only's over targets.
+
+    Intervals are over searches, or over seeds of the steps where each answer has one search.
+
+    Args:
+        table: columns question ("": norm-only), answer, trial (of several searches), target, seed, accuracy.
+    """
+    several = "trial" in table and table.trial.nunique() > 1
+    norm_only = table[table.question == ""]
+    if several:
+        norm_only = norm_only.groupby("target").accuracy.mean()
+        values = table.groupby(["question", "answer", "target", "trial"], sort=False).accuracy.mean()
+        less = 100 * (values - norm_only.reindex(values.index, level="target"))
+    else:
+        values = table.set_index(["question", "answer", "target", "seed"]).accuracy
+        norm_only = norm_only.set_index(["target", "seed"]).accuracy
+        less = 100 * (values - norm_only.reindex(values.index.droplevel([0, 1])).to_numpy())
+    less = less.sort_index()
     questions = table.question[table.question != ""].unique()
     figure, axes = _figure(table, caption, 4.6 * len(questions), 4.6, columns=len(questions))
     for ax, question in zip(axes[0], questions, strict=True):

@@ -201,6 +201,20 @@ def tuning_curves(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def order_by_epoch(curves: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """How held-out accuracy after each epoch orders all networks of a target, beside their final test accuracy.
+
+    Returns:
+        Columns target, epoch, networks (their number), spearman.
+    """
+    keys = ["method", "target", "trial"]
+    both = curves.merge(table[[*keys, "accuracy"]], on=keys)
+    rows = []
+    for (target, epoch), part in both.groupby(["target", "epoch"]):
+        rows.append((target, epoch, len(part), part.val_accuracy.corr(part.accuracy, "spearman")))
+    return pd.DataFrame(rows, columns=["target", "epoch", "networks", "spearman"])
+
+
 def set_cost(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """Hours for sets of 1 to 7 networks, from measured times: a search for all of them against one for each.
 

@@ -5,6 +5,7 @@ function says what it is made of, and one makes it.
 """
 
 import functools
+import itertools
 import statistics
 from collections.abc import Collection
 from typing import Any
@@ -231,7 +232,12 @@ def fitness_of(exp: Experiment, ranking: legr.Ranking, target: float, settings: 
 def accuracies_after_steps(exp: Experiment, ranking: legr.Ranking, target: float) -> list[float]:
     """What a fitness should predict: test accuracy after some steps of fine-tuning, with each seed."""
     settings, accuracies = exp.settings.ablations, []
-    steps = FitnessSettings(steps=settings.steps, lr=settings.lr, batch_size=settings.batch_size)
+    steps = FitnessSettings(
+        steps=settings.steps,
+        lr=settings.lr,
+        batch_size=settings.batch_size,
+        recalibration_images=settings.recalibration_images,
+    )
     for seed in settings.seeds:
         fitness = _fitness_on_test_images(exp, steps, target, seed)
         (kept,) = fitness.select(ranking)
@@ -276,42 +282,46 @@ def compare_fitness(exp: Experiment, ranking: legr.Ranking, target: float) -> di
     return row
 
 
-def searches_to_try(exp: Experiment) -> list[tuple[str, str]]:
-    """The questions of the ablation, each with its answers; norm-only belongs to all of them."""
+def searches_to_try(exp: Experiment) -> list[tuple[str, str, int]]:
+    """The questions of the ablation, with their answers and the searches of each; norm-only belongs to all of them."""
     settings = exp.settings.ablations
-    stopped = [(f"{method}: evaluations", str(n)) for method in exp.settings.rankings for n in settings.evaluations]
-    return [("", "norm"), *settings.variants, *stopped]
+    each = [(*variant, trial) for variant in settings.variants for trial in range(settings.search.trials or 1)]
+    for method in exp.settings.rankings:
+        stopped = itertools.product(settings.evaluations, exp.trials(method))
+        each += [(f"{method}: evaluations", str(count), trial) for count, trial in stopped]
+    return [("", "norm", 0), *each]
 
 
-def try_search(exp: Experiment, question: str, answer: str) -> pd.DataFrame:
+def try_search(exp: Experiment, question: str, answer: str, trial: int) -> pd.DataFrame:
     """`accuracies_after_steps` at each target by the ranking that an answer gives: a row for each target and seed."""
     settings, seconds = exp.settings.ablations, 0.0
     if not question:
         ranking = legr.Ranking.norm_only(len(exp.norms))
     elif variant := settings.variants.get((question, answer)):
-        wanted = ranking_made_of(exp, variant, 0, False)
-        record = measure(exp, wanted, lambda: _try(exp, variant, f"{question}: {answer}"))
+        wanted = ranking_made_of(exp, variant, trial, False)
+        record = measure(exp, wanted, lambda: _try(exp, variant, trial, f"{question}: {answer}, trial {trial}"))
         ranking, seconds = legr.Ranking(**record["ranking"]), record["seconds"]
     else:
-        history, candidates = searched(exp, question.partition(":")[0])
+        history, candidates = searched(exp, question.partition(":")[0], trial)
         ranking, seconds = candidates[history.loss[: int(answer)].argmin()], float("nan")
     rows = []
     for target in exp.settings.targets:
         for seed, accuracy in zip(settings.seeds, accuracies_after_steps(exp, ranking, target), strict=True):
-            rows.append({"question": question, "answer": answer, "target": target, "seed": seed, "accuracy": accuracy})
-    return pd.DataFrame(rows).assign(search_seconds=seconds)
+            rows.append((question, answer, trial, target, seed, accuracy))
+    columns = ["question", "answer", "trial", "target", "seed", "accuracy"]
+    return pd.DataFrame(rows, columns=columns).assign(search_seconds=seconds)
 
 
-def _try(exp: Experiment, settings: RankingSettings, what: str) -> dict[str, Any]:
-    result = _search(exp, settings, 0, (), what)
+def _try(exp: Experiment, settings: RankingSettings, trial: int, what: str) -> dict[str, Any]:
+    result = _search(exp, settings, trial, (), what)
     return {"ranking": vars(result.ranking), "seconds": round(float(result.history.seconds.sum()), 1)}
 
 
-def searched(exp: Experiment, method: str) -> tuple[pd.DataFrame, list[legr.Ranking]]:
-    """The history and the candidates of a method's search in the first trial."""
-    maps = load_file(exp.path(f"rankings/{method}/candidates-0.safetensors"))
+def searched(exp: Experiment, method: str, trial: int = 0) -> tuple[pd.DataFrame, list[legr.Ranking]]:
+    """The history and the candidates of a method's search."""
+    maps = load_file(exp.path(f"rankings/{method}/candidates-{trial}.safetensors"))
     pairs = zip(maps["scale"].tolist(), maps["shift"].tolist(), strict=True)
-    history = pd.read_csv(exp.path(f"rankings/{method}/search-0.csv"))
+    history = pd.read_csv(exp.path(f"rankings/{method}/search-{trial}.csv"))
     return history, [legr.Ranking(tuple(scale), tuple(shift)) for scale, shift in pairs]
 
 
