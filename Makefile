@@ -5,10 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test install lint lab bench gpu-check
-repro: install
-	@test -e .git || (echo "No git here (a zip archive?): DVC runs without it. What docs/tweaking.md does needs git clone."; \
-	  dvc config --local core.no_scm true)
+.PHONY: repro test install ready lint lab bench gpu-check
+repro: install ready
 	dvc repro
 	@echo "All notebooks on one page: results/$$(sed -n 's/^scale: *\([a-z]*\).*/\1/p' params.yaml)/report/index.html"
 
@@ -27,6 +25,11 @@ gpu-check: install
 
 lab: install
 	jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/explore.ipynb
+
+# A zip archive has no .git, which DVC asks for unless told otherwise.
+ready: install
+	@test -e .git || (echo "No git here: DVC runs without it. dvc exp run needs a clone (git clone)."; \
+	  dvc config --local core.no_scm true)
 
 install: $(VENV)/installed
 $(VENV)/installed: requirements.lock pyproject.toml
