@@ -1,6 +1,6 @@
 """The methods that are compared: one row each. A method's name in params.yaml puts it into the pipeline."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,9 +12,11 @@ import legr
 class Method:
     """How a method chooses filters, and how it looks in figures.
 
-    `learned`: params.yaml says under `rankings` how its ranking is learned; without one it ranks by norms alone.
+    `learned`: params.yaml says under `rankings` how its ranking is learned; without one α is 1 and κ 0 everywhere.
     `uniform`: every layer loses the same fraction.
     `keep`: layers whose output nothing activates stay whole (`Graph.unactivated`), and so in its search.
+    `importance`: what Eq. 1 scales and shifts, one tensor [width] per layer, made from squared filter norms of the
+    same shapes; as it is here, those norms.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Method:
     learned: bool = False
     uniform: bool = False
     keep: bool = False
+    importance: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
 
     def kept_layers(self, graph: legr.Graph) -> Collection[str]:
         """Names of layers that stay whole."""
@@ -32,12 +35,12 @@ class Method:
     def select(
         self, graph: legr.Graph, norms: list[Tensor], ranking: legr.Ranking | None, target: float, floor: float
     ) -> list[Tensor]:
-        """Masks at the fraction `target` of the FLOPs. Without a ranking filters compete by their norms."""
-        keep = self.kept_layers(graph)
+        """Masks at the fraction `target` of the FLOPs. Without a ranking filters compete by their importance alone."""
+        keep, importance = self.kept_layers(graph), self.importance(norms)
         if self.uniform:
-            return legr.select_uniform(graph, norms, target, floor=floor, keep=keep)
+            return legr.select_uniform(graph, importance, target, floor=floor, keep=keep)
         ranking = ranking or legr.Ranking.norm_only(len(norms))
-        return legr.select(graph, ranking.scores(norms), target, floor=floor, keep=keep)
+        return legr.select(graph, ranking.scores(importance), target, floor=floor, keep=keep)
 
 
 METHODS = {

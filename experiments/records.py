@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from experiments.config import Experiment
+from experiments.experiment import Experiment
 from legr.files import digest, read_json, tensors_digest, write_json
 
 # Raised by hand when what comes out changes, a changed default included: results of that kind are then made anew.

@@ -1,14 +1,19 @@
 """Labelled images as batches that a network takes: plain ones, and augmented ones."""
 
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from legr.files import Settings, UserError, digest, tensors_digest
 
@@ -65,7 +70,7 @@ class Augmentation(Settings):
 class Images:
     """A labelled set in memory: `pixels` uint8 [N, C, H, W], `labels` int64 [N], both on one device.
 
-    Any class with these methods can take its place, such as one that decodes files in every epoch.
+    `ImageFiles` has the same methods for images on disk, and any class that has them can take its place.
 
     Raises:
         UserError: pixels or labels have another type or shape; `normalization` is for another number of channels.
@@ -179,6 +184,97 @@ def check_channels(normalization: Normalization, channels: int) -> None:
 def shrunk(shape: tuple[int, int, int], side: int) -> tuple[int, int]:
     """Height and width when the shorter one becomes `side`."""
     return tuple(round(length * side / min(shape[1:])) for length in shape[1:])
+
+
+@dataclass(frozen=True)
+class ImageFiles(torch.utils.data.Dataset):
+    """`Images` on disk, decoded by worker processes in every epoch: memory does not grow with the data set.
+
+    `names` are paths below `root`, encoded and filled up with zeros: uint8 [N, longest], which workers share.
+    `transform` makes of an image one of height×width; None takes the largest part of these proportions in its middle.
+    """
+
+    root: str
+    names: Tensor
+    labels: Tensor
+    sizes: Tensor  # of the files in bytes, int64 [N]
+    shape: tuple[int, int, int]  # channels, height and width
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    normalization: Normalization = field(default_factory=Normalization)
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable) where batches come to
+    transform: Callable | None = None
+
+    def __post_init__(self):
+        check_channels(self.normalization, self.shape[0])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice | int):
+        """A part of the set; of a whole number, as DataLoader asks, one decoded image with its label."""
+        if isinstance(index, int):
+            path = Path(self.root, os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0")))
+            channels, height, width = self.shape
+            image = _read_image(path, channels)
+            fit = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+            image = fit if self.transform is None else self.transform(image)
+            return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1), self.labels[index]
+        return replace(self, names=self.names[index], labels=self.labels[index], sizes=self.sizes[index])
+
+    def to(self, device: str | torch.device) -> "ImageFiles":
+        return replace(self, device=torch.device(device))
+
+    def load(self) -> Images:
+        """Decode all of them into memory."""
+        pixels = torch.cat([pixels for pixels, _ in self._decoded(64)])
+        return Images(pixels, self.labels, self.augmentation, self.normalization).to(self.device)
+
+    def digest(self) -> str:
+        names = tensors_digest({"names": self.names, "labels": self.labels, "sizes": self.sizes})
+        return digest([names, self.shape, self.normalization.model_dump()])
+
+    def batches(self, size: int) -> Batches:
+        for pixels, labels in self._decoded(size):
+            yield (
+                self.normalization(pixels.to(self.device, non_blocking=True)),
+                labels.to(self.device, non_blocking=True),
+            )
+
+    def augmented_batches(self, size: int, generator: torch.Generator, side: int | None = None) -> Batches:
+        from torchvision.transforms import v2
+
+        to = self.shape[1:] if side is None else shrunk(self.shape, side)
+        steps = [v2.RandomResizedCrop(to, (self.augmentation.min_area, 1.0))]
+        steps += [v2.RandomHorizontalFlip()] if self.augmentation.flip else []
+        shuffled = self[torch.randperm(len(self), generator=generator)[: max(len(self) // size, 1) * size]]
+        augmented = replace(shuffled, transform=v2.Compose(steps))
+        for pixels, labels in augmented._decoded(size, generator):
+            yield (
+                self.normalization(pixels.to(self.device, non_blocking=True)),
+                labels.to(self.device, non_blocking=True),
+            )
+
+    def _decoded(self, size: int, generator: torch.Generator | None = None) -> Batches:
+        workers = min(os.cpu_count() or 1, 16, max(len(self) // 500, 1))
+        pinned = self.device.type == "cuda"
+        try:
+            yield from DataLoader(self, size, num_workers=workers, generator=generator, pin_memory=pinned)
+        except UserError as error:  # the loader wraps it in the worker's traceback
+            raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
+
+
+def _read_image(path: Path, channels: int) -> Image.Image:
+    """Turned as its EXIF tag says; 16 bits are scaled to 8."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM"):
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            elif file.mode in ("I", "F"):
+                raise ValueError("its pixels have 32 bits, of which 0 and 255 are unknown; save it with 8 or 16")
+            return image.convert("RGB" if channels == 3 else "L")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} can't be read ({type(error).__name__}: {error})") from None
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,8 @@ class Ranking:
 def select(
     graph: Graph,
     scores: Sequence[Tensor],
-    flops: float | None = None,
+    target: float,
     *,
-    target: float | None = None,
     cost: Callable[[list[Tensor]], float] | None = None,
     floor: float = FLOOR,
     keep: Collection[str] = (),
@@ -97,10 +96,9 @@ def select(
 
     Args:
         scores: one tensor [width] per layer, as `Ranking.scores` gives.
-        flops: the target as a fraction of the dense network's FLOPs, in (0, 1].
-        target, cost: a target for another cost instead, as a fraction of the dense network's. `cost(kept)` takes
-            masks as returned here and must not grow when filters go: `graph.params`, or a measured latency.
-            It is called about log2(units) times.
+        target: a fraction of the dense network's cost, in (0, 1].
+        cost: takes masks as returned here and must not grow when filters go: `graph.flops` (None), `graph.params`,
+            or a measured latency. It is called about log2(units) times.
         floor: the fraction of each layer that stays at least; see `FLOOR` and `MIN_WIDTH`.
         keep: names of layers that stay whole, with all that is coupled with them.
 
@@ -111,11 +109,8 @@ def select(
         UserError: if the floors make the target unreachable; says the lowest reachable fraction.
     """
     score = _sum_over_units(graph, scores, "scores")
-    name, fraction = ("flops", flops) if cost is None else ("target", target)
-    if (flops is None) == (target is None) or (target is None) != (cost is None):
-        raise UserError("select takes either flops, or target and cost together")
-    if not (isinstance(fraction, Real) and 0 < fraction <= 1):
-        raise UserError(f"{name} is {fraction}; it must be a fraction of the dense network's, above 0 and at most 1")
+    if not (isinstance(target, Real) and 0 < target <= 1):
+        raise UserError(f"target is {target}; it must be a fraction of the dense network's cost, above 0 and at most 1")
     if not 0 <= floor < 1:
         raise UserError(f"floor is {floor}; it must be at least 0 and below 1")
     if unknown := set(keep) - {layer.name for layer in graph.layers}:
@@ -129,20 +124,20 @@ def select(
         kept[dropped[:count]] = False
         return graph.masks(kept)
 
-    if fraction == 1:
+    if target == 1:
         return kept_after(0)
     dense, lowest = cost(kept_after(0)), cost(kept_after(len(dropped)))
-    if lowest >= fraction * dense:
+    if lowest >= target * dense:
         lowest = min(math.ceil(1000 * lowest / dense + 1e-9) / 1000, 1.0)
         raise UserError(
-            f"{name} is {fraction}; the lowest reachable fraction of this network is {lowest}{because(graph.whole)}"
+            f"target is {target}; the lowest reachable fraction of this network is {lowest}{because(graph.whole)}"
         )
     # The cost only falls as units go, so the first count below the target is found by bisection.
-    count = bisect_left(range(len(dropped)), True, key=lambda count: cost(kept_after(count)) < fraction * dense)
+    count = bisect_left(range(len(dropped)), True, key=lambda count: cost(kept_after(count)) < target * dense)
     return kept_after(count)
 
 
-def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = None, **budget: Any) -> list[Tensor]:
+def select_uniform(graph: Graph, norms: Sequence[Tensor], target: float, **options: Any) -> list[Tensor]:
     """The uniform baseline: every layer loses the same fraction, its smallest-norm units first.
 
     `norms` are those of `filter_norms`; other arguments, result and errors are those of `select`.
@@ -158,7 +153,7 @@ def select_uniform(graph: Graph, norms: Sequence[Tensor], flops: float | None = 
     units, first = np.unique(filters, return_index=True)
     scores = np.zeros(len(filters))
     scores[first[units >= 0]] = share
-    return select(graph, torch.from_numpy(scores).split(graph.widths), flops, **budget)
+    return select(graph, torch.from_numpy(scores).split(graph.widths), target, **options)
 
 
 def _sum_over_units(graph: Graph, values: Sequence[Tensor], name: str) -> np.ndarray:
@@ -176,11 +171,11 @@ def _droppable(graph: Graph, order: np.ndarray, floor: float, keep: Collection[s
         0 if layer.name in keep else min(math.floor((1 - floor) * layer.width + 1e-9), layer.width - MIN_WIDTH)
         for layer in graph.layers
     ]
-    found = []
+    droppable = []
     for unit in order.tolist():
         members = graph.members[unit].items()
         if all(room[layer] >= n for layer, n in members):
             for layer, n in members:
                 room[layer] -= n
-            found.append(unit)
-    return np.array(found, np.int64)
+            droppable.append(unit)
+    return np.array(droppable, np.int64)

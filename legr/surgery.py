@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from legr.coupling import FLAG, shapes_of
 from legr.files import UserError
-from legr.graph import FLAG, Graph, shapes_of
+from legr.graph import Graph
 
 
 def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:

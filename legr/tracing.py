@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from legr.coupling import FLAG, Flag, Labeller, shapes_of, tensors_of
 from legr.files import UserError
-from legr.graph import FLAG, Flag, Graph, Labeller, shapes_of, tensors_of
+from legr.graph import Graph
 from legr.surgery import prune
 
 LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)

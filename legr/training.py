@@ -4,7 +4,6 @@ import copy
 import itertools
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from legr.compute import Compute
 from legr.data import Images
 from legr.files import (
     Settings,
@@ -87,75 +87,49 @@ class Recipe(Settings):
         return SGD(model.parameters(), self.lr, self.momentum, 0, self.weight_decay, nesterov, fused=fused)
 
 
-class Compute(Settings):
-    """Where and in which precision: `auto` takes a GPU, and bfloat16 where the processor has it.
-
-    `graphs`: on CUDA, training steps are recorded once and replayed (see `Step`); the result is the same.
-    """
-
-    device: str = "auto"
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    graphs: bool = True
-
-    def resolve(self) -> "Compute":
-        """The same with `auto` replaced by what this machine has."""
-        device, precision = self.device, self.precision
-        if device == "auto":
-            device = "cuda" if torch.cuda.device_count() else "cpu"
-        try:
-            torch.ones(1, device=device).add(1).item()  # a kernel: a driver or card may be too old for this PyTorch
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
-            if self.device != "auto":
-                allowed = "auto, cpu, or cuda with a GPU"
-                raise UserError(f"device is {device!r}; this machine can't use it ({allowed}): {reason}") from None
-            warnings.warn(f"this machine's GPU can't be used, so the CPU is: {reason}", stacklevel=2)
-            device = "cpu"
-        if precision == "auto":
-            gpu = device.startswith("cuda")  # of NVIDIA's, those before 8.0 emulate it
-            fast = torch.cuda.get_device_capability(device) >= (8, 0) if gpu else torch.cpu._is_avx512_bf16_supported()
-            precision = "bfloat16" if fast else "float32"
-        return self.model_copy(update={"device": device, "precision": precision})
-
-    def autocast(self) -> torch.autocast:
-        torch.backends.cudnn.deterministic = True  # here, as all computing passes; a GPU may else vary from run to run
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16")
-
-    def identity(self) -> list[str]:
-        """What of this a result depends on beyond rounding."""
-        return [self.device.split(":")[0], self.precision]
-
-
-def evaluate(model: nn.Module, images: Images, compute: Compute) -> dict[str, float]:
-    """Cross-entropy `loss` and `accuracy` (a fraction) in eval mode; the model's mode is restored.
+def predict(model: nn.Module, images: Images, compute: Compute) -> Tensor:
+    """Logits float32 [N, classes] in eval mode, on the CPU; the model's mode is restored.
 
     Raises:
         UserError: the network does not take these images, or gives other than logits [N, classes].
     """
+    return torch.cat(_over_batches(model, images, compute, lambda logits, labels: logits.cpu()))
+
+
+def evaluate(model: nn.Module, images: Images, compute: Compute) -> dict[str, float]:
+    """Cross-entropy `loss` and `accuracy` (a fraction) in eval mode; errors are those of `predict`."""
+
+    def sums(logits: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
+
+    loss, correct = torch.stack(_over_batches(model, images, compute, sums)).sum(0).tolist()
+    return {"loss": loss / len(images), "accuracy": correct / len(images)}
+
+
+def _over_batches(
+    model: nn.Module, images: Images, compute: Compute, function: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """`function` of the logits and labels of each batch, in order, in eval mode; the model's mode is restored."""
     # A GPU takes large batches: with small ones it waits for the host, which launches some hundred kernels for each.
     size, most = _batch_size(images, 256 if images.device.type == "cpu" else 2500), int(images.labels.max())
 
-    def sums(batch: tuple[Tensor, Tensor]) -> Tensor:
+    def judge(batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, labels = batch
         with torch.inference_mode(), compute.autocast():
-            logits = _logits(model, inputs, most)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            return torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
+            return function(_logits(model, inputs, most), labels)
 
     threads = torch.get_num_threads()
     with _in_mode(model, training=False):
-        if isinstance(images, Images) and images.device.type == "cpu":
-            # Small operations keep several cores busier than split up between them, and give the same bits.
-            starts = range(0, len(images), size)
-            try:
-                with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                    parts = list(pool.map(lambda i: sums(*images[i : i + size].batches(size)), starts))
-            finally:
-                torch.set_num_threads(threads)
-        else:
-            parts = [sums(batch) for batch in images.batches(size)]
-    loss, correct = torch.stack(parts).sum(0).tolist()
-    return {"loss": loss / len(images), "accuracy": correct / len(images)}
+        if not isinstance(images, Images) or images.device.type != "cpu":
+            return [judge(batch) for batch in images.batches(size)]
+        # Small operations keep several cores busier than split up between them, and give the same bits.
+        parts = [images[start : start + size] for start in range(0, len(images), size)]
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return list(pool.map(lambda part: judge(*part.batches(size)), parts))
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _batch_size(images: Images, at_32: int) -> int:

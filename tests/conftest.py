@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import legr
-from experiments import config
+from experiments import experiment
 from legr.data import Augmentation, Dataset, Images, hold_out
 from legr.models import CifarResNet
 from legr.training import Compute
@@ -92,7 +92,7 @@ def small():
 @pytest.fixture
 def any_code(monkeypatch):
     """A project elsewhere, though the code that runs is this folder's."""
-    monkeypatch.setattr(config, "check_code", lambda root: None)
+    monkeypatch.setattr(experiment, "check_code", lambda root: None)
 
 
 @pytest.fixture(scope="session")

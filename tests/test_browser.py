@@ -99,7 +99,7 @@ def lab(done):
 
 
 def test_the_explorer_answers_in_jupyterlab(done, lab, browser):
-    """The FLOPs, a tilt and its undoing, and a saved network, by keyboard and mouse."""
+    """The FLOPs, a tilt and its reset, and a saved network, by keyboard and mouse."""
     from playwright.sync_api import expect
 
     notebook = done / "notebooks" / "explore.ipynb"
@@ -125,7 +125,7 @@ def test_the_explorer_answers_in_jupyterlab(done, lab, browser):
         handles.nth(1).press("ArrowLeft")
         expect(changes).to_contain_text("tilted layers: 1 (α × 0.891", timeout=60_000)
         expect(verdict).to_contain_text("without the tilts", timeout=60_000)
-        page.get_by_role("button", name="undo", exact=True).last.click()
+        page.get_by_role("button", name="reset tilts", exact=True).last.click()
         expect(changes).to_have_text("tilted layers: none", timeout=60_000)
         page.get_by_role("button", name="save network").click()
         expect(saved).to_contain_text("saved: playground/saved/demo-", timeout=180_000)

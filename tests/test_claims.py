@@ -9,7 +9,9 @@ import pytest
 import torch
 from scipy.stats import ttest_ind
 
-from experiments import claims, stats, tables
+from experiments import stats
+from experiments.analysis import claims, tables
+from experiments.experiment import Experiment
 from experiments.methods import METHODS
 from legr.files import UserError, read_json, write_json
 
@@ -43,7 +45,7 @@ def experiment(tmp_path):
             finetune=SimpleNamespace(recipe=SimpleNamespace(epochs=5)),
         )
         masks = {1.0: [1, 1, 1], 0.7: [1, 1, 0], 0.15: [1, 0, 0]}
-        return SimpleNamespace(
+        return Opened(
             name="one",
             scale="laptop",
             methods=methods,
@@ -55,6 +57,12 @@ def experiment(tmp_path):
         )
 
     return make
+
+
+class Opened(SimpleNamespace):
+    """Of an experiment what claims ask for."""
+
+    networks = Experiment.networks
 
 
 KEPT = "Accuracy falls no further than in the paper"

@@ -7,7 +7,7 @@ import yaml
 from dvc.utils.hydra import apply_overrides
 
 import legr
-from experiments.config import open_experiment
+from experiments.experiment import open_experiment
 from experiments.methods import METHODS
 from tests.conftest import NAME, PHOTOS, PROJECT, change
 

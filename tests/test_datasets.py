@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 import legr
-from experiments.datasets import CIFAR10_CLASSES, DataSettings, Files, check_unchanged, load, prepare
+from experiments.data.datasets import CIFAR10_CLASSES, check_unchanged, load, prepare
+from experiments.settings import DataSettings
 from legr import models
-from legr.data import Augmentation, Images
+from legr.data import Augmentation, ImageFiles, Images
 from legr.fitness import Fitness, FitnessSettings
 from legr.training import Recipe, evaluate, train
 
@@ -120,7 +121,7 @@ def test_another_set_is_not_taken_for_cifar10(tree, tmp_path, monkeypatch):
 
 def test_streaming_shows_what_memory_holds(both):
     memory, disk = both
-    assert isinstance(disk.fit, Files) and isinstance(memory.fit, Images)
+    assert isinstance(disk.fit, ImageFiles) and isinstance(memory.fit, Images)
     for part in ("fit", "holdout", "test", "train"):
         here, there = getattr(memory, part), getattr(disk, part)
         assert len(here) == len(there) > 0

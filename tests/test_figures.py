@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from experiments import figures
+from experiments.analysis import figures
 from experiments.stats import interval
 from tests.conftest import random_kept
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import legr
-from experiments.latency import measure
 from legr.data import Dataset, Images, Normalization, hold_out
 from legr.fitness import Fitness, FitnessSettings, for_evaluation
+from legr.latency import measure
 from legr.search import SearchSettings
 from legr.training import Compute, Recipe, evaluate, train
 from tests.conftest import NETWORKS, random_kept, settle
@@ -40,7 +40,7 @@ def test_rankings_are_judged_by_the_networks_that_they_cut(small, judge, digits,
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     nn.init.constant_(fitness.model.linear.bias, math.nan)
     assert fitness([kept])["loss"] == math.inf
-    with pytest.raises(legr.UserError, match="flops is 1.2; it must be a fraction"):
+    with pytest.raises(legr.UserError, match="target is 1.2; it must be a fraction"):
         judge((0.5, 1.2)).select(RANKING)
 
 

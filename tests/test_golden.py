@@ -17,8 +17,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import legr
-from experiments import config, datasets, samples, tables
-from experiments.config import Experiment, open_experiment
+from experiments import settings as sections
+from experiments.data import datasets
+from experiments.experiment import Experiment, open_experiment
+from experiments.interactive import samples
 from experiments.records import masks_digest
 from legr import fitness as fitness_module
 from legr import ranking as ranking_module
@@ -31,8 +33,16 @@ from tests.conftest import NAME, PHOTOS, PROJECT
 
 EXPECTED = PROJECT / "tests/golden.json"
 EXPERIMENTS = (NAME, PHOTOS)
-CONFIG = (config.DenseSettings, config.RankingSettings, config.FinetuneSettings, config.CutSettings,
-          config.AblationSettings, config.LatencySettings, config.Settings, datasets.DataSettings)  # fmt: skip
+SECTIONS = (
+    sections.DenseSettings,
+    sections.RankingSettings,
+    sections.FinetuneSettings,
+    sections.CutSettings,
+    sections.AblationSettings,
+    sections.LatencySettings,
+    sections.Settings,
+    sections.DataSettings,
+)
 FLOAT32 = Compute(device="cpu", precision="float32")
 FITNESS = {
     "as pruned": {},
@@ -74,7 +84,7 @@ def committed() -> Iterator[tuple[Experiment, str, dict]]:
 def right(exp: Experiment, method: str, target: float) -> int:
     """How many of the 500 committed test images a published network classifies correctly, in float32."""
     images = images_of(exp.name).test
-    return round(evaluate(tables.network(exp, method, target), images, FLOAT32)["accuracy"] * len(images))
+    return round(evaluate(exp.network(method, target), images, FLOAT32)["accuracy"] * len(images))
 
 
 def losses_by_fitness(name: str) -> dict[str, float]:
@@ -95,7 +105,7 @@ def trainings(name: str) -> dict[str, list[float]]:
     """
     exp, images, found = opened(name), images_of(name), {}
     for kind, values in RECIPES.items():
-        network = tables.network(exp, "norm", 0.7)
+        network = exp.network("norm", 0.7)
         recipe = Recipe(**{"epochs": 2, "batch_size": 16, "lr": 0.001, "weight_decay": 0.05} | values)
         history = train(network, images.fit[torch.arange(0, 170, 4)], recipe, FLOAT32, seed=1)
         norm = sum(p.detach().double().square().sum().item() for p in network.parameters() if p.dim() > 1)
@@ -118,9 +128,9 @@ def prepared_folder(folder) -> str:
             path = folder / split / f"class{label % 2}" / f"{label}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(path)
-    settings = datasets.DataSettings(name="folder", folder=str(folder), resolution=[24, 20], holdout=1)
-    datasets.prepare(settings, folder, folder / "images.pt")
-    return datasets.load(folder / "images.pt", settings).digest()
+    wanted = sections.DataSettings(name="folder", folder=str(folder), resolution=[24, 20], holdout=1)
+    datasets.prepare(wanted, folder, folder / "images.pt")
+    return datasets.load(folder / "images.pt", wanted).digest()
 
 
 def defaults() -> dict[str, dict]:
@@ -131,7 +141,7 @@ def defaults() -> dict[str, dict]:
             for name, field in kind.model_fields.items()
             if not field.is_required()
         }
-        for kind in (Recipe, Compute, FitnessSettings, SearchSettings, Augmentation, Normalization, *CONFIG)
+        for kind in (Recipe, Compute, FitnessSettings, SearchSettings, Augmentation, Normalization, *SECTIONS)
     }
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import legr
-from experiments.latency import measure
 from legr.files import tensors_digest
 from legr.fitness import Fitness, FitnessSettings
+from legr.latency import measure
 from legr.search import SearchSettings
 from legr.training import Compute, Recipe, Step, evaluate, recalibrate, take_steps, train
 from tests.conftest import NETWORKS, settle

@@ -16,7 +16,11 @@ def blocks(path, language):
 
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-EXAMPLES = [(page, number) for page in PAGES for number in range(len(blocks(page, "python")))]
+EXAMPLES = [
+    pytest.param(page, number, id=f"{page.stem}-{number}", marks=[pytest.mark.slow] if "latency" in code else [])
+    for page in PAGES
+    for number, code in enumerate(blocks(page, "python"))
+]
 # The README's search takes minutes and downloads weights.
 SHORT = {
     'weights="DEFAULT"': "",
@@ -24,7 +28,7 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize(("page", "number"), EXAMPLES, ids=[f"{page.stem}-{number}" for page, number in EXAMPLES])
+@pytest.mark.parametrize(("page", "number"), EXAMPLES)
 def test_an_example_runs(tmp_path, page, number):
     """In a folder that has the committed results and nothing else."""
     script, code = tmp_path / "example.py", blocks(page, "python")[number]
@@ -92,7 +96,7 @@ def test_the_commands_for_tweaking_work(done, tmp_path):
         shutil.copy(PROJECT / name, folder)
     (folder / ".dvc").mkdir()
     shutil.copy(PROJECT / ".dvc/config", folder / ".dvc")
-    (folder / ".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    (folder / ".dvc/.gitignore").write_text("/experiment.local\n/tmp\n/cache\n")
     shell(folder, "git init -q; git add -A; git reset -q results dvc.lock; git commit -q -m Project")
 
     begin, preview, experiment = blocks(PROJECT / "docs/tweaking.md", "sh")

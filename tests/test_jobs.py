@@ -1,4 +1,4 @@
-"""Jobs: here, on a cluster started here, and on workers elsewhere, one of which dies; the results are the same."""
+"""Jobs: here, side by side in processes, and on a Dask cluster; the results are the same."""
 
 import json
 import os
@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import legr
-from experiments import config, jobs, work
-from experiments.config import open_experiment
-from experiments.jobs import Jobs, open_jobs
+from experiments import experiment
+from experiments.experiment import open_experiment
+from experiments.pipeline import jobs, work
 from tests.conftest import NAME, PROJECT
 from tests.test_work import plant
 
@@ -41,8 +41,7 @@ def timeless(records):
 
 @pytest.fixture(scope="module")
 def here(project):
-    exp = opened(project, "here")
-    return timeless(Jobs(exp).run(work.train_network, EACH, "networks"))
+    return timeless(jobs.run(opened(project, "here"), work.train_network, EACH, "networks"))
 
 
 def seen(exp, *arguments):
@@ -55,21 +54,18 @@ def decoded(exp):
 
 
 def test_one_worker_is_this_process_and_keeps_the_order(project):
-    with open_jobs(opened(project, "alone")) as jobs:
-        assert jobs.client is None
-        assert jobs.run(seen, [(3,), (1,), (2,)], "numbers") == [("sets/norm", 3), ("sets/norm", 1), ("sets/norm", 2)]
-        assert jobs.submit(seen, 5).result() == ("sets/norm", 5)
+    stages = jobs.run(opened(project, "alone"), seen, [(3,), (1,), (2,)], "numbers")
+    assert stages == [("sets/norm", 3), ("sets/norm", 1), ("sets/norm", 2)]
 
 
 @pytest.mark.slow
 def test_two_workers_here_give_the_same_networks_and_the_same_search(project, here):
     exp, ranking = opened(project, "two", workers=2), opened(project, "two", "rankings/legr", workers=2)
-    with open_jobs(exp) as jobs:
-        assert timeless(jobs.run(work.train_network, EACH, "networks")) == here
-        assert jobs.submit(decoded).result() == [3, 5]
-        with pytest.raises(legr.UserError, match=r"^flops is 0\.0001; the lowest reachable fraction[^\n]*$"):
-            jobs.run(work.train_network, [("norm", 0.0001, 0)], "a network too small")
-        Jobs(ranking, jobs.client).run(work.learn, [("legr", 0), ("legr", 1)], "trials")
+    assert timeless(jobs.run(exp, work.train_network, EACH, "networks")) == here
+    assert jobs.run(exp, decoded, [()], "decoded") == [[3, 5]]
+    with pytest.raises(legr.UserError, match=r"^target is 0\.0001; the lowest reachable fraction[^\n]*$"):
+        jobs.run(exp, work.train_network, [("norm", 0.0001, 0)], "a network too small")
+    jobs.run(ranking, work.learn, [("legr", 0), ("legr", 1)], "trials")
     alone = opened(project, "here", "rankings/legr")
     work.learn(alone, "legr", 0)
     assert alone.ranking("legr", 0) == ranking.ranking("legr", 0)
@@ -97,7 +93,7 @@ def elsewhere(tmp_path):
             time.sleep(0.2)
         for _ in range(2):
             start("worker", "--nthreads", "1", "--no-nanny")
-        yield json.loads(file.read_text())["address"], started[1:]
+        yield json.loads(file.read_text())["address"]
     finally:
         for process in started:
             process.kill()
@@ -105,25 +101,15 @@ def elsewhere(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_elsewhere_finish_all_jobs_though_one_is_killed(project, here, elsewhere):
-    address, workers = elsewhere
-    with open_jobs(opened(project, "elsewhere", workers=address)) as jobs:
-        jobs.client.wait_for_workers(2, timeout=60)
-        futures = [jobs.submit(work.train_network, *arguments) for arguments in EACH]
-        deadline = time.monotonic() + 120
-        while not all(jobs.client.processing().values()):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        workers[0].kill()
-        found = [future.result(timeout=300) for future in futures]
-        assert len(jobs.client.scheduler_info()["workers"]) == 1
-    assert timeless(found) == here
+def test_workers_elsewhere_give_the_same_networks(project, here, elsewhere):
+    exp = opened(project, "elsewhere", workers=elsewhere)
+    assert timeless(jobs.run(exp, work.train_network, EACH, "networks")) == here
 
 
 def test_a_worker_with_other_code_refuses_a_job(project, monkeypatch):
     exp = opened(project, "here")
     address = (str(exp.root), exp.scale, exp.name, exp.stage, exp.results, json.dumps(exp.overrides))
-    assert jobs._work(seen, address, (5,), config.code()) == ("sets/norm", 5)
+    assert jobs._work(seen, address, (5,), experiment.code()) == ("sets/norm", 5)
     with pytest.raises(legr.UserError, match=r"^a worker has other code \(in .*\) than the job from .*; start workers"):
         jobs._work(seen, address, (5,), "of another folder")
 
@@ -132,8 +118,5 @@ def test_a_worker_with_other_code_refuses_a_job(project, monkeypatch):
 def test_a_scheduler_that_does_not_answer_is_one_sentence(project, address, monkeypatch):
     client = distributed.Client
     monkeypatch.setattr(distributed, "Client", lambda where, timeout: client(where, timeout=1))  # not that patient
-    with (
-        pytest.raises(legr.UserError, match=rf"^workers is '{address}'; no Dask scheduler answers there[^\n]*$"),
-        open_jobs(opened(project, "nobody", workers=address)),
-    ):
-        pass
+    with pytest.raises(legr.UserError, match=rf"^workers is '{address}'; no Dask scheduler answers there[^\n]*$"):
+        jobs.run(opened(project, "nobody", workers=address), seen, [(1,)], "numbers")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import legr
 from experiments.__main__ import main
-from experiments.config import open_experiment
+from experiments.experiment import open_experiment
 from tests.conftest import NAME, PROJECT, change, contents
 from tests.test_work import plant
 
@@ -70,7 +70,7 @@ SETTINGS = {  # what was done: the change, and what the sentence says
     "a misspelt key": (edit(f"{RECIPE}.epoch", 3), r"recipes\.0\.epoch is 3: extra inputs are not permitted"),
     "a missing section": (edit("finetune", None), "finetune is None"),
     "no such network": (edit("model", "resnet57"), "model is 'resnet57'; it must be one of resnet56"),
-    "no such data": (edit("data.name", "cifar11"), r"data\.name is 'cifar11': it must be one of digits, cifar10"),
+    "no such data": (edit("data.name", "cifar11"), r"data\.name is 'cifar11': input should be 'digits', 'cifar10'"),
     "percent for a fraction": (edit("rankings.legr.targets", [47]), r"targets\.0 is 47"),
     "no targets": (edit("targets", []), "targets is "),
     "too few evaluations": (edit(f"{SEARCH}.evaluations", 3), "evaluations is 3; it must be at least population"),

@@ -102,7 +102,7 @@ MISTAKES = {
     ),
     "no such device": ({"device": "tpu"}, "^device is 'tpu'; this machine can't use it"),
     "no such network": ({"architecture": "resnet19"}, "^architecture is 'resnet19', .*Unknown model resnet19"),
-    "too small": ({"targets": [0.5, 0.001]}, r"^flops is 0\.001; the lowest reachable fraction of this network is "),
+    "too small": ({"targets": [0.5, 0.001]}, r"^target is 0\.001; the lowest reachable fraction of this network is "),
     "too small an image": ({"architecture": "alexnet"}, "^example_input of shape .* does not fit the network"),
     "no checkpoint": ({"checkpoint": "nowhere.pth"}, "^weights file nowhere.pth can't be read"),
 }

@@ -131,6 +131,16 @@ def test_a_change_runs_what_depends_on_it_alone(done, edit, stages, allowed):
     assert not [stage for stage in found if PHOTOS in stage]
 
 
+def test_what_only_reads_results_leaves_searches_and_networks_as_they_are(copy):
+    for name in ("analysis/claims.py", "analysis/tables.py", "analysis/report.py", "analysis/report.html.j2",
+                 "interactive/explorer.py", "interactive/export.py"):  # fmt: skip
+        with open(copy / "experiments" / name, "a") as file:
+            file.write("\n")
+    lines = dvc(copy, "repro", "--dry").splitlines()
+    stages = {re.split("'|@", line)[1] for line in lines if line.startswith("Running stage")}
+    assert {"compare", "explore"} <= stages and not stages & {"data", "dense", "ranking", "set", "set-plain"}
+
+
 @pytest.fixture
 def copy(done, tmp_path):
     """The finished project to change: without DVC's cache, which nothing is in."""

@@ -90,14 +90,10 @@ def test_layers_to_keep_stay_whole_with_all_that_is_coupled(method):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        *[({"flops": value}, f"flops is {value}; it must be a fraction") for value in (0, -0.1, 1.01, float("nan"))],
-        ({}, "takes either flops, or target and cost together"),
-        ({"flops": 0.5, "target": 0.5, "cost": len}, "takes either flops, or target and cost together"),
-        ({"target": 0.5}, "takes either flops, or target and cost together"),
-        ({"flops": 0.5, "cost": len}, "takes either flops, or target and cost together"),
+        *[({"target": value}, f"target is {value}; it must be a fraction") for value in (0, -0.1, 1.01, float("nan"))],
         ({"target": 1.5, "cost": len}, "target is 1.5; it must be a fraction"),
-        ({"flops": 0.5, "floor": 1}, "floor is 1; it must be at least 0 and below 1"),
-        ({"flops": 0.5, "floor": -0.1}, "floor is -0.1; it must be"),
+        ({"floor": 1}, "floor is 1; it must be at least 0 and below 1"),
+        ({"floor": -0.1}, "floor is -0.1; it must be"),
         ({"scores": [torch.zeros(3)] * 7}, r"for layer conv1 has shape \[3\]; it must be \[16\]"),
         ({"scores": [torch.tensor([torch.nan] * w) for w in (16, 16, 16, 32, 32, 64, 64)]}, "not a finite number"),
     ],
@@ -107,4 +103,4 @@ def test_a_wrong_argument_is_one_sentence(small, arguments, message):
     scores = arguments.pop("scores", legr.filter_norms(model, graph))
     for method in (legr.select, legr.select_uniform):
         with pytest.raises(legr.UserError, match=message):
-            method(graph, scores, **arguments)
+            method(graph, scores, **({"target": 0.5} | arguments))

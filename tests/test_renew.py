@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from experiments import renew
+from experiments.pipeline import renew
 from tests.conftest import NAME, PHOTOS, PROJECT, change, contents
 
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments import samples
-from experiments.config import open_experiment
+from experiments.experiment import open_experiment
+from experiments.interactive import samples
 from legr.data import Dataset, Images, Normalization
 from legr.files import UserError
 from tests.conftest import NAME

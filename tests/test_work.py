@@ -11,9 +11,12 @@ import yaml
 from safetensors.torch import load_file
 
 import legr
-from experiments import config, datasets, pretrained, records, tables, work
-from experiments.config import open_experiment
-from experiments.jobs import Jobs
+from experiments import records
+from experiments.analysis import tables
+from experiments.data import datasets, pretrained
+from experiments.experiment import open_experiment
+from experiments.pipeline import ablations, jobs, work
+from experiments.settings import DenseSettings
 from legr import models
 from legr.files import write_json
 from tests.conftest import NAME, PHOTOS, PROJECT, change
@@ -33,7 +36,7 @@ def plant(folder, model="resnet56"):
     params = {"scale": "demo", "methods": {"learned": ["legr"], "plain": ["norm", "uniform"]}, "demo": {NAME: section}}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     exp = open_experiment("demo", NAME, "dense", root=folder)
-    datasets.prepare(exp.settings.data, folder, exp.images)
+    datasets.prepare(exp.settings.data, folder, exp.prepared)
     pipelines = folder / "results" / "demo" / NAME / "dense"
     models.save_weights(models.build(model, 10, 0), pipelines / "network.safetensors")
     write_json(pipelines / "dense.json", {"accuracy": 0.1})
@@ -102,7 +105,7 @@ def test_a_network_is_trained_once_and_its_file_gives_the_recorded_accuracy(proj
     assert first["flops_ratio"] < 0.5 and first["flops"] == exp.graph.flops(exp.select("norm", 0.5))
     assert work.train_network(opened(project, "sets/norm", {"finetune.recipe.epochs": 2}), "norm", 0.5, 0) == first
     assert trained == ["train"]
-    small = tables.network(opened(project, "sets/norm"), "norm", 0.5)
+    small = opened(project, "sets/norm").network("norm", 0.5)
     found = legr.training.evaluate(small, exp.data.test, exp.compute)
     assert found["accuracy"] == pytest.approx(first["accuracy"], abs=1e-6)
     assert [small.get_submodule(layer.name).out_channels for layer in exp.graph.layers] == first["widths"]
@@ -181,7 +184,7 @@ def test_weights_from_elsewhere_are_an_input_by_their_content(project, monkeypat
 def test_a_ranking_is_cut_many_times_once(project, monkeypatch):
     few = {"cuts": {"number": 4, "test_images": 100}}
     exp = opened(project, "sets/norm", few)
-    work.cut_everywhere(exp, Jobs(exp), "norm")
+    work.cut_everywhere(exp, "norm")
     cuts = pd.read_csv(exp.out / "cuts.csv")
     assert cuts.share.tolist() == [1, 0.8333, 0.6667, 0.5]
     assert len(records.measurements(exp.out)) == 4 and not (exp.out / "measured").exists()
@@ -192,7 +195,7 @@ def test_a_ranking_is_cut_many_times_once(project, monkeypatch):
     assert cuts.accuracy_recalibrated[3] == pytest.approx(work.recalibrated_accuracy(exp, kept, exp.data.test[picked]))
     monkeypatch.setattr(work, "recalibrated_accuracy", None)  # nothing is measured again
     again = opened(project, "sets/norm", few)
-    work.cut_everywhere(again, Jobs(again), "norm")
+    work.cut_everywhere(again, "norm")
     assert pd.read_csv(exp.out / "cuts.csv").equals(cuts)
 
 
@@ -201,20 +204,20 @@ def test_ablations_are_made_once_and_an_interrupted_one_measures_only_what_is_mi
     for method in ("legr", "legr-ours"):
         work.learn(open_experiment("demo", NAME, f"rankings/{method}", "playground", root=project), method, 0)
     exp = opened(project, "ablations", {"ablations.evaluations": [3, 6]})
-    call, measured = work.Fitness.__call__, []
-    monkeypatch.setattr(work.Fitness, "__call__", lambda self, kept: (measured.append(kept), call(self, kept))[1])
+    call, measured = ablations.Fitness.__call__, []
+    monkeypatch.setattr(ablations.Fitness, "__call__", lambda self, kept: (measured.append(kept), call(self, kept))[1])
 
-    class Stop(Jobs):
-        def run(self, function, each, what):
-            if what == "searches":
-                raise KeyboardInterrupt
-            return super().run(function, each, what)
+    def stop(exp, function, each, what):
+        if what == "searches":
+            raise KeyboardInterrupt
+        return jobs.run(exp, function, each, what)
 
-    with pytest.raises(KeyboardInterrupt):
-        work.ablate(exp, Stop(exp))
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(ablations, "jobs", SimpleNamespace(run=stop))
+        ablations.ablate(exp)
     before = len(measured)
     assert before == 3 * (1 + 2)  # rankings, of which two are the same, by a fitness and two seeds of steps
-    record = work.ablate(exp, Jobs(exp))
+    record = ablations.ablate(exp)
     searched = 2 * 8  # evaluations of two values of τ̂
     assert before < len(measured) <= before + searched + 2 * 6  # and two seeds of what six answers found
     table, searches = (pd.read_csv(exp.out / f"{name}.csv") for name in ("fitness", "searches"))
@@ -223,9 +226,9 @@ def test_ablations_are_made_once_and_an_interrupted_one_measures_only_what_is_mi
     assert len(searches) == answers * len(exp.settings.targets) * 2 and record["seconds"] > 0
     again = opened(project, "ablations", {"ablations.evaluations": [3, 6]})
     after = len(measured)
-    assert work.ablate(again, Jobs(again)) == record and len(measured) == after
+    assert ablations.ablate(again) == record and len(measured) == after
     one_more = {"ablations.evaluations": [3, 6], "ablations.fitness.recalibrated": {"recalibration_images": 64}}
-    work.ablate(opened(project, "ablations", one_more), Jobs(opened(project, "ablations", one_more)))
+    ablations.ablate(opened(project, "ablations", one_more))
     assert len(measured) == after + 3  # one fitness more is measured for each ranking, and nothing else
 
 
@@ -237,8 +240,10 @@ def test_networks_are_those_of_their_own_ranking(project, trained):
     legr.Ranking.norm_only(layers).save(rankings)
     first = work.train_network(exp, "legr", 0.5, 0)
     legr.Ranking((2.0,) * layers, (0.0,) * layers).save(rankings)  # another ranking, the same order
+    exp = opened(project, "sets/legr")
     assert work.train_network(exp, "legr", 0.5, 0) == first and trained == ["train"]
     legr.Ranking((1.0,) * layers, tuple(np.linspace(0, 9, layers))).save(rankings)
+    exp = opened(project, "sets/legr")
     assert work.train_network(exp, "legr", 0.5, 0)["widths"] != first["widths"] and trained == ["train", "train"]
 
 
@@ -281,11 +286,10 @@ def test_weights_keep_just_the_outputs_of_the_classes(tmp_path, monkeypatch, wei
     models.save_weights(thousand, tmp_path / "w.safetensors")
     torch.save({"state_dict": thousand.state_dict()}, tmp_path / "w.pth.tar")
     monkeypatch.setenv("LEGR_MOBILENET_V2", str(tmp_path / "w.pth.tar"))
-    settings = SimpleNamespace(dense=config.DenseSettings(weights=weights), model="mobilenet_v2")
-    data = SimpleNamespace(classes=["n01440764", "n02102040", "n03888257"])
-    exp = SimpleNamespace(settings=settings, root=tmp_path, data=data)
-    assert pretrained.start(model, exp) == {"weights": weights.replace("torchvision", "w.pth.tar")}
-    assert len(pretrained.weights_digest(exp)) == 16
+    settings = SimpleNamespace(dense=DenseSettings(weights=weights), model="mobilenet_v2")
+    classes = ["n01440764", "n02102040", "n03888257"]
+    name = {"weights": weights.replace("torchvision", "w.pth.tar")}
+    assert pretrained.start(model, settings, classes, tmp_path) == name
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = thousand.eval()(x)[:, [0, 217, 701]]  # sorted WordNet ids are ImageNet's order
@@ -340,7 +344,7 @@ def test_a_reader_goes_on_from_the_committed_mobilenet_on_images_of_her_own(tmp_
     monkeypatch.setenv("LEGR_IMAGENETTE", str(photographs(tmp_path / "images", sorted(pretrained.IMAGENETTE), (3, 1))))
     monkeypatch.delenv("LEGR_MOBILENET_V2", raising=False)
     exp = open_experiment("laptop", PHOTOS, "dense", "playground", root=tmp_path)
-    datasets.prepare(exp.settings.data, tmp_path, exp.images)
+    datasets.prepare(exp.settings.data, tmp_path, exp.prepared)
     record = work.train_dense(exp)
     assert (record["weights"], record["train_images"], record["epochs"]) == ("network.safetensors", 20, 0)
     theirs = load_file(tmp_path / committed)

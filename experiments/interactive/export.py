@@ -1,33 +1,18 @@
 """Networks as files that are read without this package: safetensors, JSON and ONNX, and load.py beside them."""
 
 import contextlib
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import torchvision
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from experiments import load
+from experiments.interactive import load
 from legr.files import UserError, atomic, write_json
-
-TOLERANCE = 1e-3  # of the largest logit, or of 1: another runtime sums in another order
-
-# Run by another Python, in the folder of the networks.
-PROBE = """
-import json, sys
-from load import difference
-found = {name: difference(name) for name in sys.argv[1:]}
-packages = {name.partition(".")[0] for name in sys.modules}
-print(json.dumps([found, sorted(packages & {"legr", "experiments"})]))
-"""
 
 
 def classifier(architecture: str, classes: int, pretrained: bool = False) -> nn.Module:
@@ -83,33 +68,3 @@ def save(networks: Mapping[str, nn.Module], about: Mapping[str, dict[str, Any]],
     with atomic(folder / "check.safetensors") as path:
         save_file({"inputs": inputs, **logits}, path)
     shutil.copy(load.__file__, folder / "load.py")
-
-
-def read_back(names: list[str], folder: Path) -> pd.DataFrame:
-    """The largest difference of logits from those in check.safetensors: by load.py in another process, by ONNX Runtime.
-
-    Raises:
-        UserError: what was read is another network.
-    """
-    probe = subprocess.run([sys.executable, "-c", PROBE, *names], cwd=folder, capture_output=True, text=True)
-    if probe.returncode:
-        raise UserError(f"{folder}/load.py failed: {probe.stderr.strip().splitlines()[-1]}")
-    differences, imported = json.loads(probe.stdout.splitlines()[-1])
-    if imported:
-        raise UserError(f"{folder}/load.py imported {', '.join(imported)}; it must do without")
-    table = pd.DataFrame({"load.py": differences, "ONNX Runtime": {name: _by_onnx(folder, name) for name in names}})
-    logits = load_file(folder / "check.safetensors")
-    for name, row in table.iterrows():
-        wrong = row[~(row <= TOLERANCE * max(logits[name].abs().max().item(), 1))]  # NaN, too
-        for how, most in wrong.items():
-            raise UserError(f"{name} in {folder}, read back by {how}, gives logits that differ by {most:.2g}")
-    return table.rename_axis("network")
-
-
-def _by_onnx(folder: Path, name: str) -> float:
-    import onnxruntime  # takes a while; only who reads back needs it
-
-    check = load_file(folder / "check.safetensors")
-    session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: check["inputs"].numpy()})
-    return (torch.from_numpy(logits) - check[name]).abs().max().item()

@@ -3,59 +3,20 @@
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from pydantic import NonNegativeInt, PositiveInt, field_validator
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from legr.data import Augmentation, Batches, Dataset, Images, Normalization, check_channels, hold_out, shrunk
-from legr.files import Settings, UserError, digest, load_state, read_json, save_state, tensors_digest, write_json
+from experiments.settings import DataSettings
+from legr.data import Dataset, ImageFiles, Images, hold_out
+from legr.files import UserError, digest, load_state, read_json, save_state, write_json
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-
-class DataSettings(Settings):
-    """Which images an experiment uses; `folder` (or LEGR_<NAME> in the environment) replaces the download."""
-
-    name: str
-    resolution: PositiveInt | tuple[PositiveInt, PositiveInt] = 32  # pixels: a side, or height and width
-    channels: Literal[1, 3] = 3  # 1: grey
-    normalization: Normalization = Normalization()  # of the network's inputs: imagenet, none, raw, or mean and std
-    holdout: PositiveInt  # training images kept from the dense network, on which the search judges
-    folder: str | None = None  # has train/<class>/ and test/<class>/ (or val/, valid/)
-    stream: bool = False  # decode in every epoch instead of once into memory
-    seed: NonNegativeInt = 0  # of the held-out images
-    augmentation: Augmentation = Augmentation()
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in DATASETS:
-            raise ValueError(f"it must be one of {', '.join(DATASETS)}")
-        return name
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        sides = self.resolution if isinstance(self.resolution, tuple) else (self.resolution,) * 2
-        return self.channels, *sides
-
-    @property
-    def title(self) -> str:
-        """The data set's name."""
-        return DATASETS[self.name].about.partition(" (")[0]
-
-    @property
-    def about(self) -> str:
-        """For captions."""
-        return f"{DATASETS[self.name].about}, {self.shape[1]}×{self.shape[2]}"
 
 
 Read = tuple[list[str], Images, Images]  # classes, training and test images
@@ -66,7 +27,8 @@ class Source:
     """Where a data set comes from."""
 
     read: Callable[[DataSettings, Path], Read]  # takes the folder for downloads
-    about: str
+    title: str
+    note: str = ""  # for captions
 
 
 def digits(settings: DataSettings, _: Path | None = None) -> Read:
@@ -139,7 +101,7 @@ def folder(settings: DataSettings, _: Path | None = None) -> Read:
             ) from None
         names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in samples])
         names = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))
-        files = Files(
+        files = ImageFiles(
             str(split.absolute()),
             names,
             labels=torch.tensor([label for _, label in samples]),
@@ -196,103 +158,18 @@ def _downloaded(dataset: Callable, settings: DataSettings, downloads: Path, **op
 
 
 DATASETS = {
-    "digits": Source(digits, "digits (they show that it runs, and nothing about LeGR)"),
+    "digits": Source(digits, "digits", " (they show that it runs, and nothing about LeGR)"),
     "cifar10": Source(cifar10, "CIFAR-10"),
-    "imagenette": Source(imagenette, "Imagenette (10 classes of ImageNet)"),
+    "imagenette": Source(imagenette, "Imagenette", " (10 classes of ImageNet)"),
     "imagenet": Source(imagenet, "ImageNet"),
     "folder": Source(folder, "own images"),
 }
 
 
-@dataclass(frozen=True)
-class Files(torch.utils.data.Dataset):
-    """`Images` on disk, decoded by worker processes in every epoch: memory does not grow with the data set.
-
-    `names` are paths below `root`, encoded and filled up with zeros: uint8 [N, longest], which workers share.
-    `transform` makes of an image one of height×width; None takes the largest part of these proportions in its middle.
-    """
-
-    root: str
-    names: Tensor
-    labels: Tensor
-    sizes: Tensor  # of the files in bytes, int64 [N]
-    shape: tuple[int, int, int]  # channels, height and width
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    normalization: Normalization = field(default_factory=Normalization)
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable) where batches come to
-    transform: Callable | None = None
-
-    def __post_init__(self):
-        check_channels(self.normalization, self.shape[0])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor | slice | int):
-        """A part of the set; of a whole number, as DataLoader asks, one decoded image with its label."""
-        if isinstance(index, int):
-            path = Path(self.root, os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0")))
-            channels, height, width = self.shape
-            image = _read_image(path, channels)
-            fit = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-            image = fit if self.transform is None else self.transform(image)
-            return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1), self.labels[index]
-        return replace(self, names=self.names[index], labels=self.labels[index], sizes=self.sizes[index])
-
-    def to(self, device: str | torch.device) -> "Files":
-        return replace(self, device=torch.device(device))
-
-    def load(self) -> Images:
-        """Decode all of them into memory."""
-        pixels = torch.cat([pixels for pixels, _ in self._decoded(64)])
-        return Images(pixels, self.labels, self.augmentation, self.normalization).to(self.device)
-
-    def digest(self) -> str:
-        names = tensors_digest({"names": self.names, "labels": self.labels, "sizes": self.sizes})
-        return digest([names, self.shape, self.normalization.model_dump()])
-
-    def batches(self, size: int) -> Batches:
-        for pixels, labels in self._decoded(size):
-            yield (
-                self.normalization(pixels.to(self.device, non_blocking=True)),
-                labels.to(self.device, non_blocking=True),
-            )
-
-    def augmented_batches(self, size: int, generator: torch.Generator, side: int | None = None) -> Batches:
-        from torchvision.transforms import v2
-
-        to = self.shape[1:] if side is None else shrunk(self.shape, side)
-        steps = [v2.RandomResizedCrop(to, (self.augmentation.min_area, 1.0))]
-        steps += [v2.RandomHorizontalFlip()] if self.augmentation.flip else []
-        shuffled = self[torch.randperm(len(self), generator=generator)[: max(len(self) // size, 1) * size]]
-        augmented = replace(shuffled, transform=v2.Compose(steps))
-        for pixels, labels in augmented._decoded(size, generator):
-            yield (
-                self.normalization(pixels.to(self.device, non_blocking=True)),
-                labels.to(self.device, non_blocking=True),
-            )
-
-    def _decoded(self, size: int, generator: torch.Generator | None = None) -> Batches:
-        workers = min(os.cpu_count() or 1, 16, max(len(self) // 500, 1))
-        pinned = self.device.type == "cuda"
-        try:
-            yield from DataLoader(self, size, num_workers=workers, generator=generator, pin_memory=pinned)
-        except UserError as error:  # the loader wraps it in the worker's traceback
-            raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
-
-
-def _read_image(path: Path, channels: int) -> Image.Image:
-    """Turned as its EXIF tag says; 16 bits are scaled to 8."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM"):
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            elif file.mode in ("I", "F"):
-                raise ValueError("its pixels have 32 bits, of which 0 and 255 are unknown; save it with 8 or 16")
-            return image.convert("RGB" if channels == 3 else "L")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} can't be read ({type(error).__name__}: {error})") from None
+def about(settings: DataSettings) -> str:
+    """The data set and the size of its images, for captions."""
+    source, (_, height, width) = DATASETS[settings.name], settings.shape
+    return f"{source.title}{source.note}, {height}×{width}"
 
 
 def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
@@ -307,7 +184,7 @@ def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
     state = {"settings": settings.model_dump(), "classes": classes}
     state["holdout"] = hold_out(train.labels, settings.holdout, settings.seed)
     for split, images in {"train": train, "test": test}.items():
-        kept = ("root", "names", "labels", "sizes", "shape") if isinstance(images, Files) else ("pixels", "labels")
+        kept = ("root", "names", "labels", "sizes", "shape") if isinstance(images, ImageFiles) else ("pixels", "labels")
         state[split] = {name: getattr(images, name) for name in kept}
     save_state(path, state)
     write_json(path.with_suffix(".json"), held)
@@ -357,7 +234,7 @@ def load(path: Path, settings: DataSettings) -> Dataset:
     if state["settings"] != settings.model_dump():
         raise UserError(f"images {path} were prepared with other settings; run the data stage (dvc repro) again")
     train, test = (
-        (Files if "root" in part else Images)(
+        (ImageFiles if "root" in part else Images)(
             **part, augmentation=settings.augmentation, normalization=settings.normalization
         )
         for part in (state["train"], state["test"])

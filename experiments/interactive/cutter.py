@@ -4,9 +4,7 @@ It needs committed results, with some images among them (samples.py); no data se
 """
 
 import functools
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import legr
-from experiments import publish, samples
-from experiments.config import Experiment
+from experiments.experiment import Experiment
+from experiments.interactive import export, samples
 from experiments.methods import METHODS
-from experiments.tables import all_cuts
 from legr.files import UserError, digest
 from legr.search import norm_deviations
-from legr.training import recalibrate
+from legr.training import predict, recalibrate
 
 RECALIBRATED, TUNED = "accuracy, BatchNorm recalibrated (%)", "accuracy, fine-tuned (%)"
 
@@ -57,7 +54,7 @@ class Cutter:
     def __init__(self, exp: Experiment):
         self.exp, self.graph, self._judged = exp, exp.graph, {}
         try:
-            self.cuts = all_cuts(exp)
+            self.cuts = exp.cuts
             self.table, self.times = (pd.read_csv(exp.path(f"compare/{name}.csv")) for name in ("tradeoff", "latency"))
         except FileNotFoundError as error:
             raise UserError(f"results file {error.filename} does not exist; run the pipeline (dvc repro)") from None
@@ -114,8 +111,8 @@ class Cutter:
     @functools.cached_property
     def samples(self) -> samples.Samples:
         """The images to judge on, on the device."""
-        found, device = samples.read(self.exp), self.exp.compute.device
-        return found._replace(test=found.test.to(device), train=found.train.to(device))
+        images, device = samples.read(self.exp), self.exp.compute.device
+        return images._replace(test=images.test.to(device), train=images.train.to(device))
 
     def network(self, kept: list[Tensor]) -> nn.Module:
         """A pruned network with BatchNorm's statistics re-estimated from the sample's training images; not trained."""
@@ -126,36 +123,19 @@ class Cutter:
 
     def judge(self, kept: list[Tensor]) -> Tensor:
         """Which of the sample's test images the `network` gets right, bool [N]; remembered."""
-        deque(self.judging(kept), maxlen=0)
-        return self.judged(kept)
+        key = torch.cat(kept).numpy().tobytes()
+        if key not in self._judged:
+            test = self.samples.test
+            logits = predict(self.network(kept), test, self.exp.compute)
+            self._judged[key] = logits.argmax(1) == test.labels.cpu()
+        return self._judged[key]
 
     def judged(self, kept: list[Tensor]) -> Tensor | None:
-        """What `judge` found; None if it was not asked."""
-        return self._judged.get(_key(kept))
-
-    def judging(self, kept: list[Tensor]) -> Iterator[None]:
-        """`judge` in short steps, between which something else can be done."""
-        if self.judged(kept) is not None:
-            return
-        small, size, found = self.network(kept), 64, []
-
-        def right(start: int) -> Tensor:
-            ((inputs, labels),) = self.samples.test[start : start + size].batches(size)
-            with torch.inference_mode(), self.exp.compute.autocast():
-                return (small(inputs).argmax(1) == labels).cpu()
-
-        threads = torch.get_num_threads()
-        try:  # as legr.training.evaluate: small operations keep several cores busier than split up between them
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for part in pool.map(right, range(0, len(self.samples.test), size)):
-                    found.append(part)
-                    yield
-        finally:
-            torch.set_num_threads(threads)
-        self._judged[_key(kept)] = torch.cat(found)
+        """What `judge` gave; None if it was not asked."""
+        return self._judged.get(torch.cat(kept).numpy().tobytes())
 
     def save(self, cut: Cut) -> list[str]:
-        """Write the `network` of a cut below playground/saved by `publish.write`; returns the three paths."""
+        """Write the `network` of a cut below playground/saved by `export.write`; returns the three paths."""
         exp, settings = self.exp, self.exp.settings
         about = {"scale": exp.scale, "experiment": exp.name, "model": settings.model, "method": cut.method}
         about |= {"target": cut.target, "floor": settings.floor, "ranking": cut.ranking and vars(cut.ranking)}
@@ -165,15 +145,5 @@ class Cutter:
         small = self.network(cut.kept).cpu().to(memory_format=torch.contiguous_format)
         inputs = next(self.samples.test[:2].batches(2))[0].cpu().contiguous()
         name = f"{exp.scale}-{exp.name}-{cut.method}-{cut.target:.0%}-{digest(about)[:6]}"
-        paths = publish.write(small, about, inputs, exp.root / "playground/saved" / name)
+        paths = export.write(small, about, inputs, exp.root / "playground/saved" / name)
         return [path.relative_to(exp.root).as_posix() for path in paths]
-
-
-def _key(kept: list[Tensor]) -> bytes:
-    return torch.cat(kept).numpy().tobytes()
-
-
-def paired(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """How much more of the same images is right `after`, as a fraction, and half of its 95% interval."""
-    change = after.double() - before.double()
-    return change.mean().item(), 1.96 * change.std().item() / len(change) ** 0.5

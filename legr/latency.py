@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from legr.training import Compute
+from legr.compute import Compute
 
 
 def measure(

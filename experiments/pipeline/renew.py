@@ -1,4 +1,4 @@
-"""python -m experiments.renew SCALE EXPERIMENT: new keys for results whose settings have new names, and no new values.
+"""python -m experiments.pipeline.renew SCALE EXPERIMENT: new keys for renamed settings, and no new values.
 
 It goes from what each record says it is made of, by the names in `RENAMED`, to what params.yaml asks for now. Whatever
 differs otherwise is refused and stays. No images are needed: their digest is that in the dense network's record.
@@ -13,9 +13,9 @@ from typing import Any
 
 from pandas import json_normalize
 
-from experiments import work
-from experiments.config import Experiment, open_experiment
+from experiments.experiment import Experiment, open_experiment
 from experiments.methods import METHODS
+from experiments.pipeline import ablations, work
 from experiments.records import PACKED, measurements
 from legr.files import digest, read_json, tensors_digest, write_json
 
@@ -53,7 +53,7 @@ def wanted_records(exp: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
         for target, trial in product(exp.settings.targets, exp.trials(method)):
             kept = exp.select(method, target, trial)
             yield f"sets/{method}/{target}-{trial}.json", work.network_made_of(exp, kept, trial)
-    yield "ablations/ablations.json", work.ablations_made_of(exp)
+    yield "ablations/ablations.json", ablations.ablations_made_of(exp)
 
 
 def renamed(made_of: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
-from experiments import claims, figures
-from experiments.config import Experiment
+from experiments.analysis import claims, figures
+from experiments.analysis.tables import computing_hours, markdown, summary, worded
+from experiments.experiment import Experiment
 from experiments.methods import METHODS
-from experiments.tables import all_cuts, all_networks, computing_hours, markdown, summary, worded
 from legr.files import UserError, write_text
 
 FOLDED = """
@@ -73,7 +73,7 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     answers, first = claims.claims(experiments), experiments[0]
     titles = {exp.name: exp.title for exp in experiments}
     write_text(out / "claims.csv", answers.to_csv(index=False))
-    numbers = [f"## {exp.title}\n\n{markdown(worded(summary(all_networks(exp))))}" for exp in experiments]
+    numbers = [f"## {exp.title}\n\n{markdown(worded(summary(exp.networks)))}" for exp in experiments]
     write_text(out / "results.md", "\n".join(numbers))
     hours = pd.concat({exp.name: computing_hours(exp) for exp in experiments}, names=["experiment"])
     hours.to_csv(out / "compute.csv", float_format="%.4g")
@@ -81,7 +81,7 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     spent = hours.sum(axis=1).groupby("hardware", sort=False).sum()
     took = "; ".join(f"{each:.1f} on {name}" for name, each in spent.items())
     write_text(out / "answer.md", _answer(experiments, findings, answers, took))
-    panels = [(exp.title, all_networks(exp), exp.dense) for exp in experiments]
+    panels = [(exp.title, exp.networks, exp.dense) for exp in experiments]
     about = " | ".join([f"{first.scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
     figures.save(figures.hero(panels, about), out / "hero")
     method = next(name for name in first.methods if METHODS[name].learned)
@@ -119,7 +119,7 @@ def _answer(experiments: list[Experiment], findings: dict[str, list[str]], answe
 
 def _cuts(exp: Experiment) -> dict[str, Any]:
     """What the page's slider shows of an experiment: all methods' cuts, and the networks that were fine-tuned."""
-    methods, table, cuts = {}, all_networks(exp), all_cuts(exp)
+    methods, table, cuts = {}, exp.networks, exp.cuts
     for name in exp.methods:
         own = cuts[cuts.method == name]
         tuned = table[table.method == name].groupby("target")[["flops", "accuracy"]].mean()  # over trials

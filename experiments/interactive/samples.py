@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments.config import Experiment
+from experiments.experiment import Experiment
 from legr.data import Images
 from legr.files import UserError, atomic
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.config import Experiment
+from experiments.analysis.tables import paper_changes
+from experiments.experiment import Experiment
 from experiments.methods import METHODS
 from experiments.stats import Difference, holm, welch
-from experiments.tables import all_networks, paper_changes
 
 Answer = tuple[str, str]  # a verdict, and the numbers behind it
 MARGINS = {"resnet56": 0.5, "mobilenet_v2": 1.0}  # points: a smaller difference counts as none
@@ -54,7 +54,7 @@ def margin(exp: Experiment) -> float:
 
 def endpoint(exp: Experiment, method: str) -> list[float]:
     """A method's mean accuracy over the judged targets in percent, one of each trial."""
-    table = all_networks(exp)
+    table = exp.networks
     own = table[(table.method == method) & table.target.isin(judged_targets(exp))]
     return (100 * own.groupby("trial").accuracy.mean()).tolist()
 
@@ -66,7 +66,7 @@ def difference(exp: Experiment, method: str, other: str) -> Difference:
 
 def differences(exp: Experiment, method: str, other: str) -> dict[float, Difference]:
     """At single targets, from the highest down, in points."""
-    table = all_networks(exp)
+    table = exp.networks
     values = {m: 100 * table[table.method == m].set_index("target").accuracy for m in (method, other)}
     targets = sorted(exp.settings.targets, reverse=True)
     return {target: welch(values[method].loc[[target]], values[other].loc[[target]]) for target in targets}
@@ -123,7 +123,7 @@ def leads(method: str, other: str) -> Callable[[Experiment], Answer]:
 
 def accuracy_is_kept(exp: Experiment) -> Answer:
     """The change from the dense network beside the paper's; judged where images and schedule are the paper's."""
-    changes, table, epochs = paper_changes(exp.settings.model), all_networks(exp), exp.settings.finetune.recipe.epochs
+    changes, table, epochs = paper_changes(exp.settings.model), exp.networks, exp.settings.finetune.recipe.epochs
     own = 100 * (table[table.method == "legr"].set_index("target").accuracy - exp.dense["accuracy"])
     groups = own.groupby("target")
     parts, kept = [], []

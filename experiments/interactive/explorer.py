@@ -2,20 +2,19 @@
 
 import asyncio
 import base64
+import contextlib
 import io
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import ipywidgets as widgets
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.config import Experiment, open_experiment
-from experiments.cutter import RECALIBRATED, TUNED, Cutter, Tilt, Tilts, paired
-from experiments.figures import COLORS, LABELS, MARKERS, bars
+from experiments.analysis.figures import COLORS, LABELS, MARKERS, bars
+from experiments.experiment import Experiment
+from experiments.interactive.cutter import RECALIBRATED, TUNED, Cutter, Tilt
 from experiments.methods import DENSE, METHODS
+from experiments.stats import paired
 from legr.files import UserError
 
 REST = 0.4  # seconds without a change after which the network is judged
@@ -36,107 +35,67 @@ class Explorer(widgets.VBox):
     """
 
     def __init__(self, exp: Experiment, method: str = "legr", target: float | None = None):
-        self.cutter, self.tilts, self.history, self.quiet = Cutter(exp), {}, [], False
+        self.cutter, self.tilts = Cutter(exp), {}
         self.task = self.drawn = None
         self.cutter.ranking(method, {})  # refuses an unknown method
         targets, lowest = sorted(exp.settings.targets), self.cutter.lowest
         target = targets[len(targets) // 2] if target is None else target
         if not lowest <= target <= 1:
             raise UserError(f"target is {target}; it must be from {lowest} to 1, between which networks were measured")
-        patterns = (f"{folder}/{exp.scale}/*/compare/tradeoff.csv" for folder in ("results", exp.results))
-        names = sorted({path.parts[-3] for pattern in patterns for path in exp.root.glob(pattern)})
         methods = [(LABELS[name], name) for name in exp.methods]
-        beside = {"options": [("nothing", None), *methods], "value": "norm" if "norm" in exp.methods else None}
+        layers = [(f"{i + 1}: {layer.name} ({layer.width})", i) for i, layer in enumerate(exp.graph.layers)]
         third, half, whole = ({"layout": widgets.Layout(width=width)} for width in ("32%", "48.5%", "98%"))
-        self.experiment = widgets.Dropdown(options=names, value=exp.name, description="experiment", **third)
         self.method = widgets.Dropdown(options=methods, value=method, description="method", **third)
-        self.beside = widgets.Dropdown(description="beside it", **beside, **third)
+        self.beside = widgets.Dropdown(options=[("nothing", None), *methods], description="beside it", **third)
+        self.beside.value = "norm" if "norm" in exp.methods else None
         self.target = widgets.FloatSlider(target, min=lowest, max=1, step=0.01, description="FLOPs left", **whole)
         self.target.readout_format = ".0%"
-        self.layer = widgets.Dropdown(description="tilt layer", **third)
-        half["continuous_update"] = False  # a tilt is one change, which can be undone, when the mouse lets go
+        self.layer = widgets.Dropdown(options=layers, value=0, description="tilt layer", **third)
+        half["continuous_update"] = False  # a tilt is one change, when the mouse lets go
         self.scale = widgets.FloatLogSlider(1, min=-1, max=1, step=0.05, description="its α ×", **half)
         self.shift = widgets.FloatSlider(0, min=-3, max=3, step=0.1, description="its κ + s ×", **half)
-        self.undo, self.reset = widgets.Button(description="undo"), widgets.Button(description="reset tilts")
+        self.reset = widgets.Button(description="reset tilts")
         self.save, self.saved = widgets.Button(description="save network"), widgets.HTML()
         self.image = widgets.Image(layout=widgets.Layout(width=f"{WIDTH}px", max_width="100%"))
         self.changes, self.numbers, self.verdict = (widgets.HTML() for _ in range(3))
         rows = (
-            [self.experiment, self.method, self.beside], [self.target], [self.layer, self.undo, self.reset],
-            [self.scale, self.shift], [self.changes], [self.image], [self.numbers], [self.verdict],
-            [self.save, self.saved],
+            [self.method, self.beside], [self.target], [self.layer, self.reset], [self.scale, self.shift],
+            [self.changes], [self.image], [self.numbers], [self.verdict], [self.save, self.saved],
         )  # fmt: skip
         super().__init__([widgets.HBox(row) for row in rows])
 
-        self._set_layers()
-        self.experiment.observe(self._open, "value")
         for control in (self.method, self.beside, self.target):
             control.observe(self._change, "value")
-        self.layer.observe(self._set_sliders, "value")
+        self.layer.observe(self._show_tilt, "value")
         for control in (self.scale, self.shift):
             control.observe(self._tilt, "value")
-        self.undo.on_click(lambda _: self._set_tilts(self.history.pop(), undo=True))
-        self.reset.on_click(lambda _: self._set_tilts({}))
+        self.reset.on_click(self._reset)
         self.save.on_click(self._save)
         self._cut()
-        deque(self._judging(), maxlen=0)
+        self._judge()
 
     # What the reader does --------------------------------------------------------------------
-    @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """While it lasts, controls are set by the code, which is no change of the reader's."""
-        self.quiet = True
-        try:
-            yield
-        finally:
-            self.quiet = False
-
-    def _open(self, _) -> None:
-        """Go over to another experiment, without tilts; stay where its results are not whole."""
-        exp, name = self.cutter.exp, self.experiment.value
-        if self.quiet:
-            return
-        try:
-            self.cutter = Cutter(open_experiment(exp.scale, name, "explore", exp.results, root=exp.root))
-        except UserError as error:
-            with self._quietly():
-                self.experiment.value = exp.name
-            self.numbers.value = f"<b>{error}</b>"
-            return
-        self.tilts, self.history = {}, []
-        with self._quietly():
-            self.target.min = self.cutter.lowest
-        self._set_layers()
-        self._change()
-
-    def _set_layers(self) -> None:
-        with self._quietly():
-            layers = enumerate(self.cutter.graph.layers)
-            self.layer.options = [(f"{i + 1}: {layer.name} ({layer.width})", i) for i, layer in layers]
-            self.layer.value = 0
-        self._set_sliders()
-
-    def _set_sliders(self, _=None) -> None:
-        """To the tilt of the layer that is chosen."""
-        with self._quietly():
-            self.scale.value, self.shift.value = self.tilts.get(self.layer.value, Tilt())
+    def _show_tilt(self, _=None) -> None:
+        """Set the sliders to the tilt of the layer that is chosen, which is no change of the reader's."""
+        tilt = self.tilts.get(self.layer.value, Tilt())
+        for control, value in ((self.scale, tilt.scale), (self.shift, tilt.shift)):
+            control.unobserve(self._tilt, "value")
+            control.value = value
+            control.observe(self._tilt, "value")
 
     def _tilt(self, _) -> None:
-        if not self.quiet:
-            tilt = Tilt(round(self.scale.value, 4), round(self.shift.value, 4))
-            self._set_tilts(self.tilts | {self.layer.value: tilt})
-
-    def _set_tilts(self, tilts: Tilts, undo: bool = False) -> None:
-        if not undo:
-            self.history.append(self.tilts)
+        tilt = Tilt(round(self.scale.value, 4), round(self.shift.value, 4))
+        tilts = self.tilts | {self.layer.value: tilt}
         self.tilts = {layer: tilt for layer, tilt in sorted(tilts.items()) if tilt != Tilt()}
-        self._set_sliders()
+        self._change()
+
+    def _reset(self, _) -> None:
+        self.tilts = {}
+        self._show_tilt()
         self._change()
 
     def _change(self, _=None) -> None:
         """Cut and draw at once; judge when nothing has moved for a while."""
-        if self.quiet:
-            return
         if self.task:
             self.task.cancel()
         if not self._cut():
@@ -144,12 +103,14 @@ class Explorer(widgets.VBox):
         try:
             self.task = asyncio.get_running_loop().create_task(self._rest_and_judge())
         except RuntimeError:  # a script: nothing happens meanwhile
-            deque(self._judging(), maxlen=0)
+            self._judge()
 
     async def _rest_and_judge(self) -> None:
         await asyncio.sleep(REST)
-        for _ in self._judging():
-            await asyncio.sleep(0)  # a change that has come meanwhile is drawn, and ends this
+        for cut in (self.untilted, self.shown):  # in a thread: the controls go on working
+            with contextlib.suppress(UserError):  # which `_judge` shows
+                await asyncio.to_thread(self.cutter.judge, cut.kept)
+        self._judge()
 
     def _save(self, _) -> None:
         self.saved.value = "saving …"
@@ -163,18 +124,21 @@ class Explorer(widgets.VBox):
         """Cut for the controls' values and show it; False if there is no such cut, which is said."""
         cutter, method, target = self.cutter, self.method.value, self.target.value
         plain, self.saved.value = METHODS[method].uniform, ""
-        names = [f"{i + 1} (α × {tilt.scale:.3g}, κ {'−+'[tilt.shift >= 0]} {abs(tilt.shift):.3g} s)"
-                 for i, tilt in self.tilts.items()]  # fmt: skip
+        names = [
+            f"{i + 1} (α × {tilt.scale:.3g}, κ {'+' if tilt.shift >= 0 else '−'} {abs(tilt.shift):.3g} s)"
+            for i, tilt in self.tilts.items()
+        ]
         tilted = "tilted layers: " + (", ".join(names) or "none")
-        self.changes.value = "uniform has no α and κ to tilt" if plain else tilted
+        self.changes.value = f"{LABELS[method]} has no α and κ to tilt" if plain else tilted
         for control in (self.layer, self.scale, self.shift):
             control.disabled = plain
-        self.undo.disabled, self.reset.disabled = plain or not self.history, plain or not self.tilts
+        self.reset.disabled = plain or not self.tilts
         try:
             self.untilted = self.shown = cutter.cut(method, target)
             if self.tilts and not plain:
                 self.shown = cutter.cut(method, target, self.tilts)
-                self.changes.value += "; no width changes" * (self.shown.widths == self.untilted.widths)
+                if self.shown.widths == self.untilted.widths:
+                    self.changes.value += "; no width changes"
             beside = self.beside.value
             self.other = None if beside in (None, method) else cutter.cut(beside, target)
         except UserError as error:
@@ -186,10 +150,10 @@ class Explorer(widgets.VBox):
         self._show()
         return True
 
-    def _judging(self) -> Iterator[None]:
+    def _judge(self) -> None:
         try:
             for cut in (self.untilted, self.shown):
-                yield from self.cutter.judging(cut.kept)
+                self.cutter.judge(cut.kept)
         except UserError as error:
             self.verdict.value = f"<b>{error}</b>"
         else:
@@ -197,8 +161,8 @@ class Explorer(widgets.VBox):
 
     def _show(self) -> None:
         """Draw the cut, and say what is known of its accuracy."""
-        if self.drawn != (now := (self.cutter, self.shown.method)):
-            self.drawn, self.moving = now, []
+        if self.drawn != self.shown.method:
+            self.drawn, self.moving = self.shown.method, []
             self._draw_what_stays()
         for artist in self.moving:
             artist.remove()
@@ -222,16 +186,18 @@ class Explorer(widgets.VBox):
         self.verdict.value = "judging …"
         if before is not None and after is not None:
             share, others = after.double().mean().item(), before.double().mean().item()
-            said = f"<b>{share:.1%}</b> ± {1.96 * (share * (1 - share) / len(after)) ** 0.5:.1%}"
+            half = 1.96 * (share * (1 - share) / len(after)) ** 0.5
+            accuracy = f"<b>{share:.1%}</b> ± {half:.1%}"
             if self.shown is not plain:
                 more, half = (100 * number for number in paired(before, after))
-                said = f"<b>{share:.1%}</b>, without the tilts {others:.1%}: <b>{more:+.1f} points</b>, 95% interval "
-                said += f"{more - half:+.1f} to {more + half:+.1f} ({(after & ~before).sum()} images became right, "
-                said = f"{said}{(before & ~after).sum()} wrong)".replace("-", "−")
+                accuracy = f"<b>{share:.1%}</b>, without the tilts {others:.1%}: <b>{more:+.1f} points</b>, "
+                accuracy += f"95% interval {more - half:+.1f} to {more + half:+.1f} "
+                accuracy += f"({(after & ~before).sum()} images became right, {(before & ~after).sum()} wrong)"
+                accuracy = accuracy.replace("-", "−")
                 at = self.shown.numbers["MFLOPs"], y + more
                 self.moving += [right.errorbar(*at, half, fmt="Xk", ms=9, mec="white", capsize=4, label="tilted")]
             what = f"on {len(after)} test images, BatchNorm recalibrated, not fine-tuned"
-            self.verdict.value = f"{what}: {said}"
+            self.verdict.value = f"{what}: {accuracy}"
         right.relim()
         right.autoscale()
         for ax, columns in ((left, 4), (right, 2)):
@@ -242,7 +208,7 @@ class Explorer(widgets.VBox):
 
     def _draw_what_stays(self) -> None:
         """A new figure: a bar for each layer (left); all methods' measured accuracy over FLOPs (right)."""
-        cutter, method = self.drawn
+        cutter, method = self.cutter, self.drawn
         self.figure = Figure(figsize=(WIDTH / 100, 4.4), dpi=100 * DENSITY, layout="none")  # layout engines are slow
         left, right = self.figure.subplots(1, 2, width_ratios=(4, 3))
         self.figure.subplots_adjust(left=0.082, right=0.99, bottom=0.35, top=0.93, wspace=0.17)

@@ -1,16 +1,18 @@
 """Starting the dense network from weights trained elsewhere."""
 
+import contextlib
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from experiments.config import Experiment
+from experiments.settings import Settings
 from legr import models
-from legr.files import UserError, read_json, tensors_digest
+from legr.files import UserError
 
 # Outputs of an ImageNet classifier (1,000 classes, sorted by WordNet id) that are the classes of Imagenette.
 IMAGENETTE = {
@@ -19,67 +21,58 @@ IMAGENETTE = {
 }  # fmt: skip
 
 
-def read(exp: Experiment) -> dict[str, Tensor]:
-    """The state dict of `dense.weights`: "torchvision", or a file, relative to the project or absolute.
+def read(settings: Settings, classes: Sequence[str], root: Path) -> dict[str, Tensor]:
+    """The state dict of `dense.weights`: "torchvision", or a file, relative to the project's `root` or absolute.
 
     The environment variable LEGR_<MODEL> (LEGR_MOBILENET_V2) names a file that replaces torchvision's download.
     Where the images are Imagenette's, an ImageNet classifier keeps just their outputs.
+
+    Raises:
+        UserError: the weights can't be had.
     """
-    path = _file(exp)
+    path = _file(settings)
     try:
         if path:
-            state = models.read_weights(exp.root / Path(path).expanduser())
+            state = models.read_weights(root / Path(path).expanduser())
         else:
             from torchvision.models import get_model_weights
 
-            options = {"model_dir": str(exp.root / "data/downloads"), "check_hash": True, "weights_only": True}
-            state = get_model_weights(exp.settings.model)["IMAGENET1K_V1"].get_state_dict(**options)
+            options = {"model_dir": str(root / "data/downloads"), "check_hash": True, "weights_only": True}
+            with contextlib.redirect_stdout(sys.stderr):  # torch.hub names a path, which is not for notebooks
+                state = get_model_weights(settings.model)["IMAGENET1K_V1"].get_state_dict(**options)
     except Exception as error:
-        raise _refused(exp, error) from None
-    if set(exp.data.classes) <= IMAGENETTE.keys():
-        rows = [IMAGENETTE[wordnet_id] for wordnet_id in exp.data.classes]
+        raise _refused(settings, error) from None
+    if set(classes) <= IMAGENETTE.keys():
+        rows = [IMAGENETTE[wordnet_id] for wordnet_id in classes]
         state |= {key: value[rows] for key, value in state.items() if value.shape[:1] == (1000,)}
     return state
 
 
-def start(model: nn.Module, exp: Experiment) -> dict[str, str]:
+def start(model: nn.Module, settings: Settings, classes: Sequence[str], root: Path) -> dict[str, str]:
     """Fill `model` with what `read` gives, brought to one scale where the settings say so; its name, for the record."""
-    path, state = _file(exp), read(exp)
+    path, state = _file(settings), read(settings, classes, root)
     try:
         models.fill(model, state, path or "of torchvision")
     except UserError as error:
-        raise _refused(exp, error) from None
-    if exp.settings.dense.rescale:
+        raise _refused(settings, error) from None
+    if settings.dense.rescale:
         rescale(model)
     return {"weights": Path(path).name if path else "torchvision IMAGENET1K_V1"}
 
 
-def weights_digest(exp: Experiment) -> str:
-    """Names the weights by their content; where they can't be had, as the record of the dense network does."""
-    try:
-        return tensors_digest(read(exp))
-    except UserError as error:
-        path = exp.path("dense/dense.json")
-        made_of = read_json(path, "record of the dense network").get("made_of", {}) if path.exists() else {}
-        if "weights" not in made_of.get("inputs", {}):
-            raise
-        print(f"{error}; they are taken to be those of {path.relative_to(exp.root)}", file=sys.stderr)
-        return made_of["inputs"]["weights"]
+def _file(settings: Settings) -> str | None:
+    weights = settings.dense.weights
+    return os.environ.get(_variable(settings)) if weights == "torchvision" else weights
 
 
-def _file(exp: Experiment) -> str | None:
-    weights = exp.settings.dense.weights
-    return os.environ.get(_variable(exp)) if weights == "torchvision" else weights
+def _variable(settings: Settings) -> str:
+    return f"LEGR_{settings.model.upper()}"
 
 
-def _variable(exp: Experiment) -> str:
-    return f"LEGR_{exp.settings.model.upper()}"
-
-
-def _refused(exp: Experiment, error: Exception) -> UserError:
+def _refused(settings: Settings, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
-    what = f"dense.weights is {exp.settings.dense.weights!r} and can't be used ({reason})"
-    return UserError(f"{what}; set it, or {_variable(exp)}, to a weights file")
+    problem = f"dense.weights is {settings.dense.weights!r} and can't be used ({reason})"
+    return UserError(f"{problem}; set it, or {_variable(settings)}, to a weights file")
 
 
 @torch.no_grad()

@@ -6,39 +6,16 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import legr
-from experiments import latency
-from experiments.config import Experiment
+from experiments.experiment import Experiment
 from experiments.methods import METHODS
-from experiments.records import hardware, made_of, masks_digest, measure, measurements, pack, said
+from experiments.records import measurements
 from experiments.stats import interval
-from legr import models
-from legr.files import UserError, read_json
-
-
-def network(exp: Experiment, method: str, target: float) -> nn.Module:
-    """A method's published network: that of the first trial, in eval mode on the CPU."""
-    small = legr.prune(exp.model, exp.graph, exp.select(method, target))
-    return models.load_weights(small, exp.path(f"sets/{method}/{target}-0.safetensors")).eval()
-
-
-def all_networks(exp: Experiment) -> pd.DataFrame:
-    """The records of all pruned networks of the experiment: every method, target and trial."""
-    names = [(m, t, k) for m in exp.methods for t in exp.settings.targets for k in exp.trials(m)]
-    what = "record of a pruned network (the set stage makes it)"
-    records = [read_json(exp.path(f"sets/{method}/{target}-{trial}.json"), what) for method, target, trial in names]
-    # One network may be that of two methods.
-    rows = [record | {"method": method} for record, (method, _, _) in zip(records, names, strict=True)]
-    if len(epochs := {row["epochs"] for row in rows}) > 1:
-        found = f"{sorted(epochs)} epochs; give all methods the same (notebook 3)"
-        raise UserError(f"networks that are to be compared were fine-tuned for {found}")
-    return pd.DataFrame(rows).drop(columns=["key", "made_of", "files", "widths"], errors="ignore")
+from legr.files import read_json
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -66,14 +43,6 @@ def markdown(frame: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def all_cuts(exp: Experiment) -> pd.DataFrame:
-    """What every method keeps at many FLOP counts, untrained: columns of `work.cut`, and method."""
-    return pd.concat(
-        [pd.read_csv(exp.path(f"sets/{method}/cuts.csv")).assign(method=method) for method in exp.methods],
-        ignore_index=True,
-    )
-
-
 def shared_with_norm_only(exp: Experiment) -> pd.DataFrame:
     """Filters in common with norm-only's network of the same target, in percent of those in either of the two.
 
@@ -93,33 +62,6 @@ def shared_with_norm_only(exp: Experiment) -> pd.DataFrame:
         if method != "norm"
     }
     return pd.DataFrame(rows, index=[f"{target:.0%}" for target in targets]).T.rename_axis("method")
-
-
-def latencies(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
-    """Of the published networks and the dense one: the columns of `latency.measure`, and method, target and FLOPs."""
-    rows = table[table.trial == 0]
-    rows = rows.set_index(rows.method + "-" + rows.target.astype(str))
-
-    def measured() -> dict[str, list]:
-        networks = {name: network(exp, row.method, row.target) for name, row in rows.iterrows()} | {"dense": exp.model}
-        networks = {name: part.to(exp.compute.device) for name, part in networks.items()}
-        settings = exp.settings.latency
-        times = latency.measure(networks, exp.settings.data.shape, settings.batches, exp.compute, settings.repetitions)
-        return {"times": times.to_dict("records")}
-
-    masks = {name: masks_digest(exp.select(row.method, row.target)) for name, row in rows.iterrows()}
-    times = pd.DataFrame(measure(exp, latency_made_of(exp, masks), measured)["times"])
-    pack(exp, exp.out)
-    facts = rows[["method", "target", "flops"]]
-    facts.loc["dense"] = ["dense", 1.0, exp.dense["flops"]]
-    return times.join(facts, on="network")
-
-
-def latency_made_of(exp: Experiment, masks: dict[str, str]) -> dict[str, Any]:
-    """Times depend on the hardware, and on the precision that it chooses."""
-    settings = said(exp.settings, {"model": True, "latency": True, "data": {"channels", "resolution"}})
-    settings |= {"hardware": hardware(exp), "computed in": exp.compute.precision}
-    return made_of(exp, "measurement", settings, {"masks": masks})
 
 
 def searches(exp: Experiment, path: Path) -> pd.DataFrame:
@@ -156,7 +98,7 @@ def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:
     """Masks as wide as the MobileNetV2 networks that the authors published, "paper 70%" and so on; else empty."""
     if exp.settings.model != "mobilenet_v2":
         return {}
-    table = pd.read_csv(exp.root / "experiments/legrnet.csv")
+    table = pd.read_csv(Path(__file__).with_name("legrnet.csv"))
     shares = [f"{target:.0%}" for target in exp.settings.targets if f"{target:.0%}" in table]
     pairs = {share: zip(table.dense, table[share], strict=True) for share in shares}
     return {f"paper {share}": [torch.arange(n) < kept for n, kept in layers] for share, layers in pairs.items()}
@@ -281,6 +223,6 @@ def paper_changes(model: str) -> dict[float, float]:
 
 def papers_networks(exp: Experiment) -> pd.DataFrame | None:
     """Networks of the paper and of other work (in percent), where the paper pruned this model on these images."""
-    table = pd.read_csv(exp.root / "experiments/paper.csv")
+    table = pd.read_csv(Path(__file__).with_name("paper.csv"))
     found = table[(table.model == exp.settings.model) & (table.data == exp.settings.data.name)]
     return None if found.empty else found.drop(columns=["model", "data"])

@@ -1,0 +1,1 @@
+"""What came out: tables, claims, figures, the report."""

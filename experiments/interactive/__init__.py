@@ -1,0 +1,1 @@
+"""Rankings to play with, and networks as files for elsewhere."""

@@ -1,0 +1,1 @@
+"""What the stages do: their notebooks, their work as jobs."""

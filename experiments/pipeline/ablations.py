@@ -1,0 +1,156 @@
+"""The ablations: which fitness predicts a fine-tuned network's accuracy, and what else a search depends on."""
+
+import functools
+import itertools
+import statistics
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+
+import legr
+from experiments.experiment import Experiment
+from experiments.pipeline import jobs, work
+from experiments.records import PACKED, made_of, masks_digest, measure, measurements, once, pack, said
+from experiments.settings import RankingSettings
+from legr.files import digest, write_text
+from legr.fitness import Fitness, FitnessSettings, Masks
+
+
+@functools.lru_cache(maxsize=64)
+def _fitness(exp: Experiment, settings: FitnessSettings, target: float, seed: int) -> Fitness:
+    return Fitness(exp.model, exp.graph, exp.data, [target], settings, exp.compute, exp.settings.floor, seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _fitness_on_test_images(exp: Experiment, settings: FitnessSettings, target: float, seed: int) -> Fitness:
+    fitness = Fitness(exp.model, exp.graph, exp.data, [target], settings, exp.compute, exp.settings.floor, seed)
+    fitness.validation = exp.data.test.to(exp.compute.device)
+    return fitness
+
+
+def fitness_made_of(exp: Experiment, what: str, settings: FitnessSettings, kept: Masks, seed: int) -> dict[str, Any]:
+    """`what` is measured: a loss on held-out images, or an accuracy on test images."""
+    inputs = exp.inputs | {"masks": masks_digest(kept)}
+    settings = {"what": what, "fitness": said(settings)} | said(exp.settings, work.AUGMENTATION)
+    return made_of(exp, "measurement", settings, inputs, seed)
+
+
+def fitness_of(exp: Experiment, ranking: legr.Ranking, target: float, settings: FitnessSettings) -> float:
+    """A ranking's loss on held-out images by a fitness."""
+    fitness = _fitness(exp, settings, target, 0)
+    (kept,) = fitness.select(ranking)
+    wanted = fitness_made_of(exp, "loss on held-out images", settings, kept, 0)
+    return measure(exp, wanted, lambda: {"loss": fitness([kept])["loss"]})["loss"]
+
+
+def accuracies_after_steps(exp: Experiment, ranking: legr.Ranking, target: float) -> list[float]:
+    """What a fitness should predict: test accuracy after some steps of fine-tuning, with each seed."""
+    settings, accuracies = exp.settings.ablations, []
+    steps = FitnessSettings(
+        steps=settings.steps,
+        lr=settings.lr,
+        batch_size=settings.batch_size,
+        recalibration_images=settings.recalibration_images,
+    )
+    for seed in settings.seeds:
+        fitness = _fitness_on_test_images(exp, steps, target, seed)
+        (kept,) = fitness.select(ranking)
+        wanted = fitness_made_of(exp, "accuracy on test images", steps, kept, seed)
+        record = measure(exp, wanted, lambda fitness=fitness, kept=kept: {"accuracy": fitness([kept])["accuracy"]})
+        accuracies.append(record["accuracy"])
+    return accuracies
+
+
+def ablations_made_of(exp: Experiment) -> dict[str, Any]:
+    candidates = [searched(exp, method)[1] for method in exp.settings.rankings]
+    inputs = exp.inputs | {"candidates": digest([list(map(vars, each)) for each in candidates])}
+    settings = said(exp.settings, {"ablations": True, "floor": True, "targets": True} | work.AUGMENTATION)
+    return made_of(exp, "measurement", settings, inputs)
+
+
+def ablate(exp: Experiment) -> dict[str, Any]:
+    """Make fitness.csv (rankings judged by each fitness) and searches.csv (what searches with other settings find)."""
+    return once(exp, "ablations", ablations_made_of(exp), lambda: _ablate(exp))
+
+
+def _ablate(exp: Experiment) -> dict[str, Any]:
+    settings = exp.settings.ablations
+    rankings = [(source, ranking, t) for t in settings.targets for source, ranking in rankings_to_measure(exp)]
+    table = pd.DataFrame(jobs.run(exp, compare_fitness, [each[1:] for each in rankings], "rankings"))
+    table = table.assign(source=[source for source, _, _ in rankings], target=[t for _, _, t in rankings])
+    searches = pd.concat(jobs.run(exp, try_search, searches_to_try(exp), "searches"))
+    for name, rows in {"fitness": table, "searches": searches}.items():
+        write_text(exp.state / f"{name}.csv", rows.to_csv(index=False))
+    seconds = sum(record["seconds"] or 0 for record in measurements(exp.out))
+    pack(exp, exp.state)
+    return {"files": ["fitness.csv", "searches.csv", PACKED], "seconds": seconds}
+
+
+def compare_fitness(exp: Experiment, ranking: legr.Ranking, target: float) -> dict[str, float]:
+    """A ranking's loss by each fitness of the ablation, and the mean and deviation of `accuracies_after_steps`."""
+    fitness = exp.settings.ablations.fitness
+    row = {name: fitness_of(exp, ranking, target, settings) for name, settings in fitness.items()}
+    accuracies = accuracies_after_steps(exp, ranking, target)
+    row["accuracy"] = statistics.mean(accuracies)
+    row["deviation"] = statistics.stdev(accuracies) if len(accuracies) > 1 else float("nan")
+    return row
+
+
+def searches_to_try(exp: Experiment) -> list[tuple[str, str, int]]:
+    """The questions of the ablation, with their answers and the searches of each; norm-only belongs to all of them."""
+    settings = exp.settings.ablations
+    each = [(*variant, trial) for variant in settings.variants for trial in range(settings.search.trials or 1)]
+    for method in exp.settings.rankings:
+        stopped = itertools.product(settings.evaluations, exp.trials(method))
+        each += [(f"{method}: evaluations", str(count), trial) for count, trial in stopped]
+    return [("", "norm", 0), *each]
+
+
+def try_search(exp: Experiment, question: str, answer: str, trial: int) -> pd.DataFrame:
+    """`accuracies_after_steps` at each target by the ranking that an answer gives: a row for each target and seed."""
+    settings, seconds = exp.settings.ablations, 0.0
+    if not question:
+        ranking = legr.Ranking.norm_only(len(exp.norms))
+    elif variant := settings.variants.get((question, answer)):
+        wanted = work.ranking_made_of(exp, variant, trial, False)
+        record = measure(exp, wanted, lambda: _try(exp, variant, trial, f"{question}: {answer}, trial {trial}"))
+        ranking, seconds = legr.Ranking(**record["ranking"]), record["seconds"]
+    else:
+        history, candidates = searched(exp, question.partition(":")[0], trial)
+        ranking, seconds = candidates[history.loss[: int(answer)].argmin()], float("nan")
+    rows = []
+    for target in exp.settings.targets:
+        for seed, accuracy in zip(settings.seeds, accuracies_after_steps(exp, ranking, target), strict=True):
+            rows.append((question, answer, trial, target, seed, accuracy))
+    columns = ["question", "answer", "trial", "target", "seed", "accuracy"]
+    return pd.DataFrame(rows, columns=columns).assign(search_seconds=seconds)
+
+
+def _try(exp: Experiment, settings: RankingSettings, trial: int, what: str) -> dict[str, Any]:
+    result = work.search(exp, settings, trial, (), what)
+    return {"ranking": vars(result.ranking), "seconds": round(float(result.history.seconds.sum()), 1)}
+
+
+def searched(exp: Experiment, method: str, trial: int = 0) -> tuple[pd.DataFrame, list[legr.Ranking]]:
+    """The history and the candidates of a method's search."""
+    maps = load_file(exp.path(f"rankings/{method}/candidates-{trial}.safetensors"))
+    pairs = zip(maps["scale"].tolist(), maps["shift"].tolist(), strict=True)
+    history = pd.read_csv(exp.path(f"rankings/{method}/search-{trial}.csv"))
+    return history, [legr.Ranking(tuple(scale), tuple(shift)) for scale, shift in pairs]
+
+
+def rankings_to_measure(exp: Experiment) -> list[tuple[str, legr.Ranking]]:
+    """Norm-only, then as many random rankings as candidates of each method's search, from best to worst."""
+    count, methods = exp.settings.ablations.rankings - 1, list(exp.settings.rankings)
+    of_each = count // (len(methods) + 1)
+    rankings = [("norm", legr.Ranking.norm_only(len(exp.norms)))]
+    for method in methods:
+        history, candidates = searched(exp, method)
+        order = history.loss.argsort(kind="stable").to_numpy()
+        evenly = np.linspace(0, len(order) - 1, of_each).round().astype(int)
+        rankings += [(method, candidates[i]) for i in order[evenly]]
+    random = legr.search.Evolution(exp.norms, legr.search.SearchSettings(population=1000, evaluations=1000, seed=99))
+    rankings += [("random", random.ask()) for _ in range(count + 1 - len(rankings))]
+    return rankings

@@ -1,0 +1,92 @@
+"""A stage as a notebook that papermill runs, and a stage's folder that is swapped in whole."""
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from experiments import KEEP_MEMORY
+
+NOTEBOOKS = {
+    "dense": "1_dense",
+    "rankings": "2_ranking",
+    "sets": "3_prune",
+    "ablations": "4_ablations",
+    "compare": "5_compare",
+    "explore": "explore",
+}
+
+
+class StageFailed(ValueError):
+    """Says why, in one sentence."""
+
+
+def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
+    """Run a stage's notebook by papermill; its folder is swapped in whole when the notebook has run to its end."""
+    # jsonschema, which nbformat imports, would read a grammar for addresses: a second that no notebook needs.
+    sys.modules["rfc3987_syntax"] = None
+    import nbformat
+    import papermill
+
+    kind, _, method = stage.partition("/")
+    parameters = {"scale": scale, "experiment": experiment, "results": "results"}
+    os.environ |= KEEP_MEMORY | os.environ
+    # Kernel and workers run the code of this folder, whatever is installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    warnings.filterwarnings("ignore", module="papermill|nbclient|jupyter")
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    with swapped_in(root, f"{scale}/{experiment}/{stage}") as part:
+        try:
+            papermill.execute_notebook(
+                root / "notebooks" / f"{NOTEBOOKS[kind]}.ipynb",
+                part / "notebook.ipynb",
+                parameters | ({"method": method} if method else {}),
+                cwd=root / "notebooks",
+                progress_bar=False,
+                kernel_name="python3",
+                stderr_file=sys.stderr,
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            )
+        except papermill.PapermillExecutionError as error:
+            print(file=sys.stderr)  # a progress bar may stand in the line
+            if error.ename == "UserError":
+                raise StageFailed(error.evalue) from None
+            print("\n".join(error.traceback), file=sys.stderr)
+            what = f"{error.ename}: {error.evalue}"
+            raise StageFailed(f"notebook {NOTEBOOKS[kind]} failed in cell {error.exec_count}: {what}") from None
+        # What differs from run to run and is no result goes: progress bars, times, kernel details.
+        notebook = nbformat.read(part / "notebook.ipynb", as_version=4)
+        notebook.metadata = {"kernelspec": notebook.metadata.kernelspec}
+        for number, cell in enumerate(notebook.cells):
+            cell.id = f"cell-{number}"
+            cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        nbformat.write(notebook, part / "notebook.ipynb")
+
+
+@contextmanager
+def swapped_in(root: Path, relative: str) -> Iterator[Path]:
+    """An empty folder to write to, which takes the place of results/`relative` when the block ends without an error.
+
+    What an interrupted stage resumes from lies beside it, and goes when the stage has ended.
+    """
+    state, final = root / ".state/results" / relative, root / "results" / relative
+    shutil.rmtree(state / "part", ignore_errors=True)
+    (state / "part").mkdir(parents=True)
+    try:
+        yield state / "part"
+    except BaseException:
+        shutil.rmtree(state / "part")
+        with suppress(OSError):
+            os.removedirs(state)  # and folders above it, where nothing else is in them
+        raise
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        final.rename(state / "before")
+    (state / "part").rename(final)
+    shutil.rmtree(state, ignore_errors=True)
