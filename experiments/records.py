@@ -2,7 +2,7 @@
 
 A result is named by what it depends on, not by the bytes of the code that made it: settings as params.yaml says them
 (defaults left out), digests of its inputs, the seed, and a version number of its kind. Whoever changes what comes out
-raises that number in the same commit; tests/test_golden.py compares committed numbers with what the code makes.
+raises that number in the same commit; tests/project/test_golden.py compares committed numbers with what the code makes.
 """
 
 import os

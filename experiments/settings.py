@@ -197,12 +197,17 @@ def read_settings(
             raise UserError(f"overrides has {dotted!r}; {what}") from None
     with in_one_sentence("params.yaml: ", scale, name):
         settings = Settings.model_validate(values)
+    _check_names(settings, methods, f"{scale}.{name}")
+    rankings = {name: ranking for name, ranking in settings.rankings.items() if name in methods}
+    return settings.model_copy(update={"rankings": rankings}), methods
+
+
+def _check_names(settings: Settings, methods: list[str], section: str) -> None:
+    """Raise UserError where the model or a method is unknown, or a learned method has no ranking."""
     if settings.model not in models.MODELS:
-        raise UserError(f"{scale}.{name}.model is {settings.model!r}; it must be one of {', '.join(models.MODELS)}")
+        raise UserError(f"{section}.model is {settings.model!r}; it must be one of {', '.join(models.MODELS)}")
     for method in [*methods, *settings.rankings]:
         if method not in METHODS:
             raise UserError(f"params.yaml: method is {method!r}; it must be one of {', '.join(METHODS)}")
         if METHODS[method].learned and method not in settings.rankings:
-            raise UserError(f"params.yaml: {scale}.{name}.rankings lacks {method}, which is a learned method")
-    rankings = {name: ranking for name, ranking in settings.rankings.items() if name in methods}
-    return settings.model_copy(update={"rankings": rankings}), methods
+            raise UserError(f"params.yaml: {section}.rankings lacks {method}, which is a learned method")

@@ -176,7 +176,7 @@ class Labeller(fx.Interpreter):
         BatchNorm, pooling, a product with weights of channels, and a depthwise convolution activate nothing.
         """
         reaching: dict[fx.Node, set[str]] = {}  # layers whose output, not activated, a node's value is made of
-        found: set[str] = set()
+        unactivated: set[str] = set()
         for node in self.module.graph.nodes:
             kind = self.kinds.get(node)
             sources = [reaching[source] for source in node.all_input_nodes if source in reaching]
@@ -187,25 +187,25 @@ class Labeller(fx.Interpreter):
                 convolves = not conv.groups == conv.in_channels == conv.out_channels > 1
             adds = kind in ADDING and len(node.all_input_nodes) > 1
             if convolves or adds:
-                found |= layers_before
+                unactivated |= layers_before
             if convolves:
                 reaching[node] = {str(node.target)}
             elif kind is not None and kind not in ACTIVATIONS:
                 reaching[node] = layers_before
-        return tuple(layer for layer in layers if layer in found)
+        return tuple(layer for layer in layers if layer in unactivated)
 
     def only_passes_on(self) -> bool:
         """Whether the current module gives what it gets in eval mode, as dropout, and mixes nothing in training."""
-        given, whole = [self.env[source] for source in self.node.all_input_nodes], self.value
-        if len(given) != 1 or not isinstance(whole, Tensor) or not torch.equal(given[0], whole):
+        inputs, output = [self.env[source] for source in self.node.all_input_nodes], self.value
+        if len(inputs) != 1 or not isinstance(output, Tensor) or not torch.equal(inputs[0], output):
             return False
 
         def trained(x: Tensor) -> Tensor:
             torch.manual_seed(0)
             return copy.deepcopy(self.layer).train()(x.clone())
 
-        some, fewer = torch.rand(whole.shape, device=whole.device) < 0.5, whole[:, 1:]
-        mixes = not torch.equal(trained(whole)[some], trained(torch.where(some, whole, 0))[some])
+        half, fewer = torch.rand(output.shape, device=output.device) < 0.5, output[:, 1:]
+        mixes = not torch.equal(trained(output)[half], trained(torch.where(half, output, 0))[half])
         return not mixes and trained(fewer).shape == fewer.shape
 
     # What rules ask about and do ----------------------------------------------------------

@@ -109,12 +109,12 @@ _SKIPPED = [(_Skipped, name) for name in ("argparse.Namespace", "numpy.dtype", "
 _NAMES = "((ema|state|dict|model|net|network|module|params|weights)_?)+"  # of a state dict in a checkpoint
 
 
-def _state_dict(found: Any) -> dict[str, Tensor] | None:
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+def _state_dict(value: Any) -> dict[str, Tensor] | None:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         return None
-    inner = [found[key] for key in sorted(found, key=lambda key: "ema" not in key) if re.fullmatch(_NAMES, key)]
-    plain = all(isinstance(value, Tensor) for value in found.values())
-    return next(filter(None, map(_state_dict, inner)), found if plain else None)
+    inner = [value[key] for key in sorted(value, key=lambda key: "ema" not in key) if re.fullmatch(_NAMES, key)]
+    plain = all(isinstance(tensor, Tensor) for tensor in value.values())
+    return next(filter(None, map(_state_dict, inner)), value if plain else None)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -131,8 +131,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"weights file {path} can't be read: {error.strerror}; {remedy}") from None
     try:
         with open(path, "rb") as file, safe_globals(_SKIPPED), warnings.catch_warnings(action="ignore"):
-            found = load_file(path) if start[8:9] == b"{" else torch.load(file, map_location="cpu", weights_only=True)
-        state = _state_dict(found) or {}
+            loaded = load_file(path) if start[8:9] == b"{" else torch.load(file, map_location="cpu", weights_only=True)
+        state = _state_dict(loaded) or {}
         bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
         if state and not bad:
             return state
@@ -152,17 +152,17 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> nn.Mod
     Prefixes of wrappers (`module.`, `_orig_mod.`, `model.`) are taken off. Extra tensors of one element, such as a
     profiler's `total_ops`, are ignored with a warning. Old files may lack `num_batches_tracked`.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     large = [name for name, tensor in state.items() if tensor.numel() > 1]
     prefixes = itertools.accumulate((f"{part}." for part in min(large, default="").split(".")), initial="")
     shared = [prefix for prefix in prefixes if all(name.startswith(prefix) for name in large)]
-    prefix = max(shared, key=lambda prefix: sum(name.removeprefix(prefix) in own for name in state))
+    prefix = max(shared, key=lambda prefix: sum(name.removeprefix(prefix) in expected for name in state))
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    extra = [repr(name) for name in state if name not in own]
-    pairs = [(name, state[name], to) for name, to in own.items() if name in state]
+    extra = [repr(name) for name in state if name not in expected]
+    pairs = [(name, state[name], to) for name, to in expected.items() if name in state]
     faults = {
-        "missing": [name for name in own if name not in state and not name.endswith("num_batches_tracked")],
-        "unknown": [repr(name) for name, tensor in state.items() if name not in own and tensor.numel() != 1],
+        "missing": [name for name in expected if name not in state and not name.endswith("num_batches_tracked")],
+        "unknown": [repr(name) for name, tensor in state.items() if name not in expected and tensor.numel() != 1],
         "of another shape": [f"{n} {list(t.shape)}, not {list(to.shape)}" for n, t, to in pairs if t.shape != to.shape],
         "of another type": [f"{n} {t.dtype}" for n, t, to in pairs if t.is_floating_point() < to.is_floating_point()],
     }

@@ -173,15 +173,15 @@ def learn_ranking(
     judged: dict[str, dict[str, float]] = {}  # by what is kept: loss, accuracy and the seconds that they took
     path = None
     if state_folder is not None:
-        given = [tensors_digest(model.state_dict()), data.digest(), data.train.augmentation.model_dump(), targets]
-        given += [search.model_dump(), judge.settings.model_dump(), compute.model_dump(), floor, start and vars(start)]
-        given.append(sorted(keep))
+        depends_on = [tensors_digest(model.state_dict()), data.digest(), data.train.augmentation.model_dump(), targets]
+        depends_on += [search.model_dump(), judge.settings.model_dump(), compute.model_dump(), floor]
+        depends_on += [start and vars(start), sorted(keep)]
         computed_by = [code_digest(), source(type(data.train)), computation(model), str(graph.traced)]
-        path = state_path(state_folder, "search", given, computed_by, ".json")
+        path = state_path(state_folder, "search", depends_on, computed_by, ".json")
         judged = _read(path)
 
     evolution = Evolution(judge.norms, search, start)
-    told: set[str] = set()
+    seen: set[str] = set()
     while not evolution.done:
         began, candidate = time.perf_counter(), evolution.ask()
         networks = judge.select(candidate)
@@ -191,9 +191,9 @@ def learn_ranking(
             if path is not None:
                 write_json(path, judged)
         # A network that came before in this search costs its choice only; a replayed one, what it once cost.
-        seconds = time.perf_counter() - began if key in told else judged[key]["seconds"]
+        seconds = time.perf_counter() - began if key in seen else judged[key]["seconds"]
         evolution.tell(candidate, judged[key]["loss"], judged[key]["accuracy"], seconds)
-        told.add(key)
+        seen.add(key)
         if log:
             log(evolution.history[-1])
     history, candidates = pd.DataFrame(evolution.history), evolution.candidates

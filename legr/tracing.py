@@ -38,6 +38,24 @@ def trace(model: nn.Module, example_input: Tensor, check: bool = True) -> Graph:
         UserError: names the module that can't be traced, or that differs when traced.
     """
     _refuse_what_is_no_network(model, example_input)
+    model, x = _copied(model, example_input)
+    frozen = frozenset(path for path, module in model.train().named_modules() if not module.training)
+    leaves: dict[str, str] = {}  # modules that are not looked into, and why
+    distrusted: set[str] = set()  # steps that compute otherwise than their rules say
+    while True:
+        network, constants = _recorded_alike(model, leaves)
+        labeller = Labeller(network, leaves, distrusted)
+        graph = labeller.found(x)
+        graph.inputs, graph.frozen = tuple(example_input.shape[1:]), frozen
+        graph.shapes, graph.constants = shapes_of(model), constants
+        wrong = _wrong_steps(model, graph, labeller, x, distrusted) if check else set()
+        if not wrong:
+            return graph
+        distrusted |= wrong
+
+
+def _copied(model: nn.Module, example_input: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy of the network without weights that are all zero, which would hide what is wrong, and images for it."""
     try:
         model = copy.deepcopy(model)
     except Exception as error:
@@ -48,44 +66,51 @@ def trace(model: nn.Module, example_input: Tensor, check: bool = True) -> Graph:
     try:
         model.eval()(x)
     except Exception as error:
-        given = f"example_input of shape {list(example_input.shape)} and type {example_input.dtype}"
-        raise UserError(f"{given} does not fit the network: {_first_line(error)}") from None
-    frozen = frozenset(path for path, module in model.train().named_modules() if not module.training)
+        example = f"example_input of shape {list(example_input.shape)} and type {example_input.dtype}"
+        raise UserError(f"{example} does not fit the network: {_first_line(error)}") from None
     for p in model.parameters():
         if p.is_floating_point() and not p.any():
-            p.normal_(0, 0.1)  # zeros would hide what is wrong
-    leaves: dict[str, str] = {}  # modules that are not looked into, and why
-    distrusted: set[str] = set()  # steps that compute otherwise than their rules say
+            p.normal_(0, 0.1)
+    return model, x
+
+
+def _recorded_alike(model: nn.Module, leaves: dict[str, str]) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """The network as recorded in evaluation and in training alike, and its constants.
+
+    Modules that must not be looked into for that are added to `leaves`.
+    """
     while True:
         known = len(leaves)
-        (network, constants, some), (trained, _, more) = (_recorded(model.eval(), leaves, t) for t in (False, True))
-        if len(leaves) == known and str(network.graph) != str(trained.graph):
+        network, constants, some = _recorded(model.eval(), leaves, False)
+        trained, _, more = _recorded(model.eval(), leaves, True)
+        if len(leaves) == known and str(network.graph) == str(trained.graph):
+            return network, constants
+        if len(leaves) == known:
             leaves |= dict.fromkeys((some | more) - {""}, "it does other things in training")
-            if len(leaves) == known:
-                raise UserError("the network does other things in training than in evaluation, so it can't be traced")
-        if len(leaves) > known:
-            continue
-        labeller = Labeller(network, leaves, distrusted)
-        graph = labeller.found(x)
-        graph.inputs, graph.frozen = tuple(example_input.shape[1:]), frozen
-        graph.shapes, graph.constants = shapes_of(model), constants
-        if not check:
-            return graph
-        units = np.random.default_rng(0).random(graph.unit_count) < 0.7
-        for which, stays in ((-1, False), (0, True)):  # each layer has filters of both kinds
-            units[[own[own >= 0][which] for own in graph.units]] = stays
-        dense, small = (prune(model, graph, graph.masks(u)) for u in (units | True, units))
-        problem = _difference(model, dense, x)
-        if not problem:
-            stays = torch.from_numpy(graph.kept_channels(units, labeller.unit))
-            wrong = _wrong_when_pruned(dense, small, labeller, stays, x)
-            if not wrong:
-                return graph
-            if wrong <= distrusted:
-                problem = f"{min(wrong)} gives other values in the pruned network than where dropped channels are zero"
-            distrusted |= wrong
-        if problem:
-            raise UserError(f"{problem}, so it can't be pruned")
+        if len(leaves) == known:
+            raise UserError("the network does other things in training than in evaluation, so it can't be traced")
+
+
+def _wrong_steps(model: nn.Module, graph: Graph, labeller: Labeller, x: Tensor, distrusted: set[str]) -> set[str]:
+    """Names of steps that compute otherwise when channels are missing.
+
+    Raises:
+        UserError: the traced network differs from the original, or a step stays wrong that is distrusted already.
+    """
+    units = np.random.default_rng(0).random(graph.unit_count) < 0.7
+    for which, stays in ((-1, False), (0, True)):  # each layer has filters of both kinds
+        units[[of_layer[of_layer >= 0][which] for of_layer in graph.units]] = stays
+    dense, small = (prune(model, graph, graph.masks(u)) for u in (units | True, units))
+    if problem := _difference(model, dense, x):
+        raise UserError(f"{problem}, so it can't be pruned")
+    stays = torch.from_numpy(graph.kept_channels(units, labeller.unit))
+    wrong = _wrong_when_pruned(dense, small, labeller, stays, x)
+    if wrong and wrong <= distrusted:
+        raise UserError(
+            f"{min(wrong)} gives other values in the pruned network than where dropped channels are zero, "
+            "so it can't be pruned"
+        )
+    return wrong
 
 
 def _first_line(error: Exception) -> str:

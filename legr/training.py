@@ -315,10 +315,10 @@ def train(
     model.to(compute.device, memory_format=torch.channels_last)
     checkpoint = state = None
     if state_folder is not None:
-        given = [tensors_digest(model.state_dict()), images.digest(), images.augmentation.model_dump(), seed]
-        given += [recipe.model_dump(), compute.model_dump(), validation and validation.digest()]
+        depends_on = [tensors_digest(model.state_dict()), images.digest(), images.augmentation.model_dump(), seed]
+        depends_on += [recipe.model_dump(), compute.model_dump(), validation and validation.digest()]
         computed_by = [code_digest(), source(type(images)), computation(model)]
-        checkpoint = state_path(state_folder, "training", given, computed_by, ".pt")
+        checkpoint = state_path(state_folder, "training", depends_on, computed_by, ".pt")
         state = load_state(checkpoint)
     step, rows = Step(model, recipe, compute, int(images.labels.max())), []
     if state:

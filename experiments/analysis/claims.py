@@ -55,8 +55,8 @@ def margin(exp: Experiment) -> float:
 def endpoint(exp: Experiment, method: str) -> list[float]:
     """A method's mean accuracy over the judged targets in percent, one of each trial."""
     table = exp.networks
-    own = table[(table.method == method) & table.target.isin(judged_targets(exp))]
-    return (100 * own.groupby("trial").accuracy.mean()).tolist()
+    rows = table[(table.method == method) & table.target.isin(judged_targets(exp))]
+    return (100 * rows.groupby("trial").accuracy.mean()).tolist()
 
 
 def difference(exp: Experiment, method: str, other: str) -> Difference:
@@ -80,8 +80,8 @@ def comparisons(exp: Experiment) -> pd.DataFrame:
         row = {"method": METHODS[method].label, "trials": len(values), "endpoint": values.mean()}
         for other in PLAIN:
             if other in exp.methods and other != method:
-                found = difference(exp, method, other)
-                row[f"over {METHODS[other].label}"] = f"{found} ({found.verdict(margin(exp))})"
+                lead = difference(exp, method, other)
+                row[f"over {METHODS[other].label}"] = f"{lead} ({lead.verdict(margin(exp))})"
         rows.append(row)
     return pd.DataFrame(rows).set_index("method")
 
@@ -92,10 +92,10 @@ def finding(exp: Experiment, method: str = "legr") -> str:
         return f"{METHODS[method].label}: digits, no verdict"
     parts = []
     for other in (name for name in PLAIN if name in exp.methods):
-        found = difference(exp, method, other)
-        if found.verdict(margin(exp)) == "untested":
+        lead = difference(exp, method, other)
+        if lead.verdict(margin(exp)) == "untested":
             return f"{METHODS[method].label}: one trial, no verdict"
-        parts.append(f"{found.verdict(margin(exp))} beside {METHODS[other].label} ({found})")
+        parts.append(f"{lead.verdict(margin(exp))} beside {METHODS[other].label} ({lead})")
     return f"{METHODS[method].label}: {'; '.join(parts)}, in points of the mean over {_counts(judged_targets(exp))}"
 
 
@@ -109,11 +109,11 @@ def leads(method: str, other: str) -> Callable[[Experiment], Answer]:
     """Whether `method` is ahead of `other` at the endpoint; single targets are shown, those that differ with a star."""
 
     def answer(exp: Experiment) -> Answer:
-        found, judged = difference(exp, method, other), judged_targets(exp)
+        lead, judged = difference(exp, method, other), judged_targets(exp)
         single = differences(exp, method, other)
         differing = dict(zip(judged, holm([single[target].p for target in judged]), strict=True))
         points = [f"{target:.0%} {each}{'*' if differing.get(target) else ''}" for target, each in single.items()]
-        return found.verdict(margin(exp)), f"{found} points at {_counts(judged)} together; {', '.join(points)}"
+        return lead.verdict(margin(exp)), f"{lead} points at {_counts(judged)} together; {', '.join(points)}"
 
     return answer
 
@@ -124,8 +124,8 @@ def leads(method: str, other: str) -> Callable[[Experiment], Answer]:
 def accuracy_is_kept(exp: Experiment) -> Answer:
     """The change from the dense network beside the paper's; judged where images and schedule are the paper's."""
     changes, table, epochs = paper_changes(exp.settings.model), exp.networks, exp.settings.finetune.recipe.epochs
-    own = 100 * (table[table.method == "legr"].set_index("target").accuracy - exp.dense["accuracy"])
-    groups = own.groupby("target")
+    change = 100 * (table[table.method == "legr"].set_index("target").accuracy - exp.dense["accuracy"])
+    groups = change.groupby("target")
     parts, kept = [], []
     for target in judged_targets(exp):
         parts.append(f"{target:.0%} {groups.mean()[target]:+.2f}".replace("-", "−"))
@@ -166,10 +166,10 @@ def _answers(
     if len(names) < 2:
         return "untested", ""
     searches = 100 * part.assign(trial=part.get("trial", 0)).groupby(["answer", "trial"]).accuracy.mean()
-    found = welch(searches[names[0]], searches[names[-1]])
+    lead = welch(searches[names[0]], searches[names[-1]])
     count = searches[names[0]].size
-    evidence = f"{compared.format(names[0], names[-1])}: {found} points at {_counts(judged_targets(exp))} together"
-    verdict = found.verdict(margin(exp))
+    evidence = f"{compared.format(names[0], names[-1])}: {lead} points at {_counts(judged_targets(exp))} together"
+    verdict = lead.verdict(margin(exp))
     verdict = {"ahead": "reproduced", "behind": "not", "untested": "open"}.get(verdict, verdict)
     return verdict, f"{evidence} ({count} search{'es' if count > 1 else ''} each)"
 
@@ -189,10 +189,10 @@ def latency_falls(exp: Experiment) -> Answer:
     """At a batch size it holds if the median falls at every step from the dense network to the lowest judged target."""
     times, holds, parts = pd.read_csv(exp.path("compare/latency.csv")), [], []
     for batch, part in times[times.method.isin(["legr", "dense"])].groupby("batch"):
-        own = part[part.target.isin([1, *judged_targets(exp)])].sort_values("target", ascending=False)
-        holds.append(own.latency_ms.is_monotonic_decreasing)
-        ratios = (own.latency_ms / own.latency_ms.iloc[0]).iloc[1:]
-        shown = ", ".join(f"{target:.0%} {ratio:.2f}" for target, ratio in zip(own.target[1:], ratios, strict=True))
+        at_targets = part[part.target.isin([1, *judged_targets(exp)])].sort_values("target", ascending=False)
+        holds.append(at_targets.latency_ms.is_monotonic_decreasing)
+        ratios = (at_targets.latency_ms / at_targets.latency_ms.iloc[0]).iloc[1:]
+        shown = ", ".join(f"{t:.0%} {ratio:.2f}" for t, ratio in zip(at_targets.target[1:], ratios, strict=True))
         parts.append(f"batch {batch}: {shown}")
     verdict = "reproduced" if all(holds) else "partly" if any(holds) else "not"
     return verdict, f"median time over the dense network's, first trial, {'; '.join(parts)}"

@@ -15,7 +15,7 @@ from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
-from experiments.analysis import claims, figures
+from experiments.analysis import claims, comparison_figures, figures
 from experiments.analysis.tables import computing_hours, markdown, summary, worded
 from experiments.experiment import Experiment
 from experiments.methods import METHODS
@@ -64,10 +64,10 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     exporter = _exporter()
     chapters, places = {}, {}
     for exp in experiments:
-        found = [path for stage in ORDER for path in sorted(exp.folder.glob(f"{stage}/notebook.ipynb"))]
-        if not found:
+        notebooks = [path for stage in ORDER for path in sorted(exp.folder.glob(f"{stage}/notebook.ipynb"))]
+        if not notebooks:
             raise UserError(f"results folder {exp.folder} has no executed notebooks; run the pipeline (dvc repro)")
-        chapters[exp.name] = [_chapter(exporter, path, exp.folder) for path in found]
+        chapters[exp.name] = [_chapter(exporter, path, exp.folder) for path in notebooks]
         places |= {(exp.name, part["stage"]): f"{exp.name}-{i}" for i, part in enumerate(chapters[exp.name], 1)}
     out.mkdir(parents=True, exist_ok=True)
     answers, first = claims.claims(experiments), experiments[0]
@@ -83,13 +83,13 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     write_text(out / "answer.md", _answer(experiments, findings, answers, took))
     panels = [(exp.title, exp.networks, exp.dense) for exp in experiments]
     about = " | ".join([f"{first.scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
-    figures.save(figures.hero(panels, about), out / "hero")
+    figures.save(comparison_figures.hero(panels, about), out / "hero")
     method = next(name for name in first.methods if METHODS[name].learned)
     target, floor = min(first.settings.rankings[method].targets), first.settings.floor
     ranking = first.ranking(method, 0)
     about = f"{first.about} at {target:.0%} FLOPs · {METHODS[method].label}, first trial"
     about += " · coloured below the cut: the layer is at its floor · logarithmic, but linear around zero"
-    figures.save(figures.idea(first.graph, first.norms, ranking, target, floor, method, about), out / "idea")
+    figures.save(comparison_figures.idea(first.graph, first.norms, ranking, target, floor, method, about), out / "idea")
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         scale=first.scale,
@@ -109,11 +109,11 @@ def _build(experiments: list[Experiment], out: Path) -> None:
 def _answer(experiments: list[Experiment], findings: dict[str, list[str]], answers: pd.DataFrame, took: str) -> str:
     """What was found, the claims, and which runs they are of, in Markdown."""
     scale, titles = experiments[0].scale, {exp.name: exp.title for exp in experiments}
-    found = [f"- **{titles[name]}:** {sentence}.\n" for name, sentences in findings.items() for sentence in sentences]
+    lines = [f"- **{titles[name]}:** {sentence}.\n" for name, each in findings.items() for sentence in each]
     runs = ". ".join(f"{exp.title}: {exp.effort.replace(' · ', ', ')}" for exp in experiments)
     table = markdown(claims.linked(answers, titles, f"results/{scale}"))
     return "\n".join(
-        ["".join(found), table, f"`{scale}` scale. {runs}. Hours of computing, summed over processes: {took}.\n"]
+        ["".join(lines), table, f"`{scale}` scale. {runs}. Hours of computing, summed over processes: {took}.\n"]
     )
 
 
@@ -121,14 +121,14 @@ def _cuts(exp: Experiment) -> dict[str, Any]:
     """What the page's slider shows of an experiment: all methods' cuts, and the networks that were fine-tuned."""
     methods, table, cuts = {}, exp.networks, exp.cuts
     for name in exp.methods:
-        own = cuts[cuts.method == name]
+        rows = cuts[cuts.method == name]
         tuned = table[table.method == name].groupby("target")[["flops", "accuracy"]].mean()  # over trials
         methods[name] = {
             "label": METHODS[name].label,
             "color": METHODS[name].color,
-            "mflops": (own.flops / 1e6).round(2).tolist(),
-            "accuracy": (100 * own.accuracy_recalibrated).round(2).tolist(),
-            "widths": [list(map(int, widths.split())) for widths in own.widths],
+            "mflops": (rows.flops / 1e6).round(2).tolist(),
+            "accuracy": (100 * rows.accuracy_recalibrated).round(2).tolist(),
+            "widths": [list(map(int, widths.split())) for widths in rows.widths],
             "tuned": [[round(f / 1e6, 2), round(100 * a, 2)] for f, a in tuned.itertuples(index=False)],
         }
     return {"title": exp.title, "dense": exp.graph.widths, "shares": cuts.share.unique().tolist(), "methods": methods}

@@ -50,8 +50,8 @@ def shared_with_norm_only(exp: Experiment) -> pd.DataFrame:
     """
 
     def shared(method: str, target: float, trial: int) -> float:
-        own, other = torch.cat(exp.select(method, target, trial)), torch.cat(exp.select("norm", target))
-        return 100 * ((own & other).sum() / (own | other).sum()).item()
+        kept, kept_by_norm = torch.cat(exp.select(method, target, trial)), torch.cat(exp.select("norm", target))
+        return 100 * ((kept & kept_by_norm).sum() / (kept | kept_by_norm).sum()).item()
 
     targets = sorted(exp.settings.targets, reverse=True)
     rows = {
@@ -84,9 +84,9 @@ def correlations(table: pd.DataFrame, fitness: Sequence[str]) -> pd.DataFrame:
     """
     rows = []
     for (target, part), column in itertools.product(table.groupby("target"), fitness):
-        kinds = [(source, own) for source, own in part.groupby("source") if len(own) >= 4]
-        for source, own in [("all", part), *kinds]:
-            rho, count = own[[column, "accuracy"]].corr("spearman").iloc[0, 1], len(own)
+        kinds = [(source, rankings) for source, rankings in part.groupby("source") if len(rankings) >= 4]
+        for source, rankings in [("all", part), *kinds]:
+            rho, count = rankings[[column, "accuracy"]].corr("spearman").iloc[0, 1], len(rankings)
             z = math.atanh(0.999 * rho)
             half = 1.96 * math.sqrt((1 + rho**2 / 2) / (count - 3)) if count > 3 else math.nan
             row = {"target": target, "fitness": column, "rankings of": source, "count": count, "spearman": rho}
@@ -109,14 +109,14 @@ def beside_authors(exp: Experiment) -> dict[str, list[list[Tensor]]]:
 
     Empty where the authors published none.
     """
-    found = {}
+    networks = {}
     for name, masks in authors_networks(exp).items():
-        share = float(name.removeprefix("paper ").strip("%")) / 100
+        target = float(name.removeprefix("paper ").strip("%")) / 100
         for method in exp.methods:
             trials = exp.trials(method) if METHODS[method].learned else range(1)
-            found[f"{method} at {share:.0%}"] = [exp.select(method, share, trial) for trial in trials]
-        found[name] = [masks]
-    return found
+            networks[f"{method} at {target:.0%}"] = [exp.select(method, target, trial) for trial in trials]
+        networks[name] = [masks]
+    return networks
 
 
 def blocks_kept(exp: Experiment, networks: Mapping[str, Sequence[Sequence[Tensor]]]) -> pd.DataFrame:
@@ -167,8 +167,9 @@ def set_cost(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     for method in exp.settings.rankings:
         names = [f"rankings/{method}/record-{trial}.json" for trial in exp.trials(method)]
         searches = pd.DataFrame([read_json(exp.path(name), "record of a search") for name in names])
-        hardware, own = searches.hardware[0], table[table.method == method]
-        tuning = own[own.hardware == hardware].groupby("target").seconds.mean().mean() / 3600
+        hardware = searches.hardware[0]
+        networks_there = table[(table.method == method) & (table.hardware == hardware)]
+        tuning = networks_there.groupby("target").seconds.mean().mean() / 3600
         hours = searches.seconds[searches.hardware == hardware] / 3600
         for networks in range(1, 8):
             one, each = hours + networks * tuning, networks * (hours + tuning)
@@ -224,5 +225,5 @@ def paper_changes(model: str) -> dict[float, float]:
 def papers_networks(exp: Experiment) -> pd.DataFrame | None:
     """Networks of the paper and of other work (in percent), where the paper pruned this model on these images."""
     table = pd.read_csv(Path(__file__).with_name("paper.csv"))
-    found = table[(table.model == exp.settings.model) & (table.data == exp.settings.data.name)]
-    return None if found.empty else found.drop(columns=["model", "data"])
+    rows = table[(table.model == exp.settings.model) & (table.data == exp.settings.data.name)]
+    return None if rows.empty else rows.drop(columns=["model", "data"])

@@ -85,10 +85,10 @@ def imagenet(settings: DataSettings, downloads: Path) -> Read:
 
 def folder(settings: DataSettings, _: Path | None = None) -> Read:
     """train/<class>/ and test/<class>/ (or val/, valid/): decoded into memory, or listed to be streamed."""
-    given = _folder_of(settings)
-    if not given:
+    source = _folder_of(settings)
+    if not source:
         raise UserError(f"data.folder is missing; data.name {settings.name!r} needs a folder with train/<class>/")
-    root = Path(given).expanduser()
+    root = Path(source).expanduser()
     splits = [root / "train", next((root / s for s in ("test", "val", "valid") if (root / s).is_dir()), root / "test")]
     parts = []
     for split in splits:

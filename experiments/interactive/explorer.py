@@ -170,14 +170,14 @@ class Explorer(widgets.VBox):
             bar.set_height(width)
         (left, right), plain = self.figure.axes, self.untilted
         layers, x, y = range(1, len(plain.widths) + 1), plain.numbers["MFLOPs"], plain.numbers[RECALIBRATED]
-        looks = {"color": COLORS[plain.method], "mec": DENSE, "mew": 1.8, "ms": 11}
+        style = {"color": COLORS[plain.method], "mec": DENSE, "mew": 1.8, "ms": 11}
         self.moving = [right.axvline(x, color=DENSE, lw=0.8, alpha=0.4, zorder=0)]
         label = "shown network" if self.shown is plain else "untilted"
-        self.moving += right.plot(x, y, MARKERS[plain.method], label=label, **looks)
+        self.moving += right.plot(x, y, MARKERS[plain.method], label=label, **style)
         if self.other:
-            name, looks = self.other.method, {"mec": "white", "mew": 0.5, "ms": 4.5}
+            name, style = self.other.method, {"mec": "white", "mew": 0.5, "ms": 4.5}
             self.moving += left.plot(layers, self.other.widths, MARKERS[name], color=COLORS[name],
-                                     label=LABELS[name], **looks)  # fmt: skip
+                                     label=LABELS[name], **style)  # fmt: skip
         if self.shown is not plain:
             self.moving += left.plot(layers, plain.widths, "_k", mew=1.5, label="untilted")
         left.set_title(f"{LABELS[plain.method]}: {plain.target:.0%} of the FLOPs", loc="left")
@@ -215,10 +215,10 @@ class Explorer(widgets.VBox):
         self.bars = bars(left, cutter.graph.widths, cutter.graph.widths, method)
         for rim, (name, curve) in zip(reversed(range(len(cutter.curves))), cutter.curves.items(), strict=True):
             pruned, tuned = curve[RECALIBRATED], curve[TUNED].iloc[:-1]
-            looks = {"color": COLORS[name], "lw": 1.5 + rim / 2, "ms": 6 + rim}  # thinner than those under it: all show
-            right.plot(pruned.index / 1e6, pruned, **looks)
-            right.plot(tuned.index / 1e6, tuned, MARKERS[name], **looks)
-            right.plot([], [], marker=MARKERS[name], label=LABELS[name], **looks)
+            style = {"color": COLORS[name], "lw": 1.5 + rim / 2, "ms": 6 + rim}  # thinner than those under it: all show
+            right.plot(pruned.index / 1e6, pruned, **style)
+            right.plot(tuned.index / 1e6, tuned, MARKERS[name], **style)
+            right.plot([], [], marker=MARKERS[name], label=LABELS[name], **style)
         right.plot(curve[TUNED].index[-1] / 1e6, curve[TUNED].iloc[-1], "D", color=DENSE, label="dense network")
         right.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)")
         right.set_title("curves: recalibrated; marks: fine-tuned", loc="left")

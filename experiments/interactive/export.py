@@ -23,9 +23,9 @@ def classifier(architecture: str, classes: int, pretrained: bool = False) -> nn.
     try:
         model = load.build(architecture, classes)
         if pretrained:
-            own, weights = model.state_dict(), torchvision.models.get_model_weights(architecture).DEFAULT
+            needed, weights = model.state_dict(), torchvision.models.get_model_weights(architecture).DEFAULT
             state = weights.get_state_dict(check_hash=True)
-            fits = {name: t for name, t in state.items() if name in own and own[name].shape == t.shape}
+            fits = {name: t for name, t in state.items() if name in needed and needed[name].shape == t.shape}
             model.load_state_dict(fits, strict=False)
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())

@@ -38,9 +38,9 @@ def write(exp: Experiment) -> None:
     pictures = {}
     for part, images, count in (("test", exp.data.test, TEST), ("train", exp.data.fit, TRAIN)):
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-        few = images[chosen].load()
-        in_colour = few.pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # WebP has no grey
-        for i, (pixels, label) in enumerate(zip(in_colour, few.labels.tolist(), strict=True)):
+        sample = images[chosen].load()
+        in_colour = sample.pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # WebP has no grey
+        for i, (pixels, label) in enumerate(zip(in_colour, sample.labels.tolist(), strict=True)):
             pictures[f"{part}/{i:03}-{label}.webp"] = Image.fromarray(pixels)
     for quality, options in QUALITIES.items():
         file = io.BytesIO()
@@ -61,16 +61,16 @@ def read(exp: Experiment) -> Samples:
     Raises:
         UserError: there is no such file, or it can't be read.
     """
-    path, settings, found = _file(exp), exp.settings.data, {"test": ([], []), "train": ([], [])}
+    path, settings, pictures = _file(exp), exp.settings.data, {"test": ([], []), "train": ([], [])}
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 picture = Image.open(archive.open(name)).convert("RGB" if settings.channels == 3 else "L")
-                pixels, labels = found[name.partition("/")[0]]
+                pixels, labels = pictures[name.partition("/")[0]]
                 pixels.append(torch.from_numpy(np.atleast_3d(picture).copy()).permute(2, 0, 1))
                 labels.append(int(Path(name).stem.partition("-")[2]))
             quality = archive.comment.decode()
-        parts = [[torch.stack(pixels), torch.tensor(labels)] for pixels, labels in found.values()]
+        parts = [[torch.stack(pixels), torch.tensor(labels)] for pixels, labels in pictures.values()]
     except FileNotFoundError:
         raise UserError(f"images {path} do not exist; run the explore stage (dvc repro)") from None
     except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:

@@ -29,10 +29,10 @@ def main(scale: str, name: str) -> int:
     for path, wanted in wanted_records(exp):
         record = read_json(exp.pipelines / path, "record of a result")
         # By dotted names.
-        found, asked = (json_normalize(each).iloc[0].astype(str) for each in (renamed(record["made_of"]), wanted))
-        if differing := [name for name in {*found.index, *asked.index} if found.get(name) != asked.get(name)]:
+        stored, asked = (json_normalize(each).iloc[0].astype(str) for each in (renamed(record["made_of"]), wanted))
+        if differing := [name for name in {*stored.index, *asked.index} if stored.get(name) != asked.get(name)]:
             refused += 1
-            print(f"{path} is refused: {differing[0]} was {found.get(differing[0])}, not {asked.get(differing[0])}")
+            print(f"{path} is refused: {differing[0]} was {stored.get(differing[0])}, not {asked.get(differing[0])}")
         elif (record["key"], record["made_of"]) != (digest(wanted), wanted):
             write_json(exp.pipelines / path, record | {"key": digest(wanted), "made_of": wanted})
     for path in exp.pipelines.rglob(PACKED):

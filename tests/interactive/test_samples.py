@@ -11,7 +11,7 @@ from experiments.interactive import samples
 from legr.data import Dataset, Images, Normalization
 from legr.files import UserError
 from tests.conftest import NAME
-from tests.test_work import plant
+from tests.pipeline.test_work import plant
 
 NONE = Normalization.model_validate("none")
 

@@ -79,7 +79,7 @@ class PretendGpu(TorchDispatchMode):
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
         self.waits[what] += 1
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: C901 (the rules of one dispatcher)
         kwargs, name = dict(kwargs or {}), func._schema.name.split("::")[1]
         given = tensors((args, kwargs))
         there, asked = [self.has(t) for t in given], kwargs.get("device")

@@ -17,7 +17,7 @@ from legr.data import Images
 from legr.fitness import for_evaluation
 from legr.training import recalibrate
 from tests.conftest import settle, silenced
-from tests.test_graph import counted
+from tests.library.test_graph import counted
 
 
 class Net(nn.Module):

@@ -16,7 +16,7 @@ from experiments import experiment
 from experiments.experiment import open_experiment
 from experiments.pipeline import jobs, work
 from tests.conftest import NAME, PROJECT
-from tests.test_work import plant
+from tests.pipeline.test_work import plant
 
 EACH = [("norm", target, trial) for target in (0.6, 0.5) for trial in (0, 1)]
 

@@ -16,7 +16,7 @@ import legr
 from legr.models import BasicBlock
 from legr.ranking import FLOOR, MIN_WIDTH
 from tests.conftest import random_kept, settle, silenced
-from tests.test_graph import counted
+from tests.library.test_graph import counted
 
 SHAPES = st.sampled_from([(3, 12, 12), (1, 12, 9), (4, 7, 12), (3, 16, 5)])
 
@@ -197,7 +197,7 @@ def test_targets_of_both_kinds_hold_by_both_methods(made, seed, of_params):
     _, graph, _ = made
     scores, cost = random_scores(graph, seed), graph.params if of_params else graph.flops
     for select, fraction in itertools.product((legr.select, legr.select_uniform), (0.9, 0.7, 0.5)):
-        target = {"target": fraction, "cost": cost} if of_params else {"flops": fraction}
+        target = {"target": fraction, "cost": cost}
         try:
             kept = select(graph, scores, **target)
         except legr.UserError as error:

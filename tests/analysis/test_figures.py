@@ -1,4 +1,4 @@
-"""Figures: the interval, and that each draws what the demo of one trial has not (tests/test_pipeline.py draws that)."""
+"""Figures: the interval, and that each draws what the demo of one trial has not, which the pipeline's tests draw."""
 
 import math
 
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from experiments.analysis import figures
+from experiments.analysis import comparison_figures, figures
 from experiments.stats import interval
 from tests.conftest import random_kept
 
@@ -39,7 +39,7 @@ def prediction():
     rows = pd.DataFrame([("norm", 1, 9.0, 0.8), ("legr", 2, 4.0, 0.7), ("random", 3, 3.0, 0.6)], columns=columns)
     table = pd.concat([rows.assign(target=t, deviation=0.01) for t in (0.7, 0.47)])
     found = [{"target": t, "fitness": f, "spearman": -0.5} for t in (0.7, 0.47) for f in ("as pruned", "tuned")]
-    return figures.prediction(table, pd.DataFrame(found), 50, "a caption")
+    return comparison_figures.prediction(table, pd.DataFrame(found), 50, "a caption")
 
 
 EPOCHS = {"epoch": [1, 2], "lr": [0.1, 0.02], "train_accuracy": [0.3, 0.6], "val_accuracy": 0.2, "seconds": [1.0, 2.0]}

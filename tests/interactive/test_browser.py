@@ -61,8 +61,6 @@ def test_the_slider_of_the_report_moves_the_cut(done, browser):
     assert whole != low and page.locator("output").inner_text() == "100% of the FLOPs"
     page.locator("select").nth(1).select_option("norm")
     assert picture.inner_html() != whole
-    page.locator("select").first.select_option("imagenet-mobilenetv2")
-    assert picture.locator("rect").count() == 2 * 52
     page.close()
 
 

@@ -20,7 +20,7 @@ from experiments.settings import DenseSettings
 from legr import models
 from legr.files import write_json
 from tests.conftest import NAME, PHOTOS, PROJECT, change
-from tests.test_datasets import plant as photographs
+from tests.data.test_datasets import plant as photographs
 
 
 def plant(folder, model="resnet56"):

@@ -16,7 +16,7 @@ import legr
 from experiments.__main__ import main
 from experiments.experiment import open_experiment
 from tests.conftest import NAME, PROJECT, change, contents
-from tests.test_work import plant
+from tests.pipeline.test_work import plant
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What the committed runs did, the code must do again; golden.json has the numbers that it must give.
 
 A failure means that results come out differently now. If that is meant, raise the number of their kind in
-experiments/records.py, and write the expected numbers anew: python -m tests.test_golden
+experiments/records.py, and write the expected numbers anew: python -m tests.project.test_golden
 """
 
 import json
@@ -31,7 +31,7 @@ from legr.search import Evolution, SearchSettings
 from legr.training import Compute, Recipe, evaluate, train
 from tests.conftest import NAME, PHOTOS, PROJECT
 
-EXPECTED = PROJECT / "tests/golden.json"
+EXPECTED = PROJECT / "tests/project/golden.json"
 EXPERIMENTS = (NAME, PHOTOS)
 SECTIONS = (
     sections.DenseSettings,

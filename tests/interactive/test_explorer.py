@@ -23,7 +23,7 @@ from experiments.stats import paired
 from legr import models, training
 from legr.files import UserError
 from tests.conftest import NAME, PHOTOS
-from tests.test_work import plant
+from tests.pipeline.test_work import plant
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a reader would see it under the controls
 SHARES = (1.0, 0.8, 0.6, 0.4)

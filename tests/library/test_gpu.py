@@ -17,8 +17,8 @@ from legr.latency import measure
 from legr.search import SearchSettings
 from legr.training import Compute, Recipe, Step, evaluate, recalibrate, take_steps, train
 from tests.conftest import NETWORKS, settle
-from tests.pretend import pretend_gpu
-from tests.test_training import dropping, fresh
+from tests.library.pretend import pretend_gpu
+from tests.library.test_training import dropping, fresh
 
 MAKE = NETWORKS | {"dropout": dropping}
 CUDA, CPU = Compute(device="cuda", precision="float32"), Compute(device="cpu", precision="float32")
