@@ -195,7 +195,7 @@ def done(tmp_path_factory):
     pipeline["vars"][0]["names"], report = [NAME], pipeline["stages"]["report"]
     report |= {"cmd": report["cmd"].replace(PHOTOS, ""), "deps": [d for d in report["deps"] if PHOTOS not in d]}
     pipeline |= {part: [path for path in pipeline[part] if PHOTOS not in path] for part in ("metrics", "plots")}
-    (folder / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    (folder / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
     dvc(folder, "init", "--no-scm", "--quiet")
     dvc(folder, "repro")
     return folder

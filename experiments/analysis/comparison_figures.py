@@ -150,18 +150,18 @@ def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, capt
     return legend(figure)
 
 
-def tuning(curves: pd.DataFrame, caption: str) -> Figure:
+def tuning(table: pd.DataFrame, caption: str) -> Figure:
     """Held-out error over epochs of fine-tuning, a panel for each target: means over trials, some with 95% intervals.
 
     Args:
-        curves: columns method, target, trial, epoch (0: as pruned), val_accuracy.
+        table: columns method, target, trial, epoch (0: as pruned), val_accuracy.
     """
-    targets, apart = sorted(curves.target.unique(), reverse=True), -(-curves.epoch.max() // 5)
+    targets, apart = sorted(table.target.unique(), reverse=True), -(-table.epoch.max() // 5)
     if apart > 1:
         caption += f" · intervals: every {apart} epochs"  # more of them hide the curves
-    figure, axes = new_figure(curves, caption, 4 * len(targets), 4.6, columns=len(targets))
+    figure, axes = new_figure(table, caption, 4 * len(targets), 4.6, columns=len(targets))
     for ax, target in zip(axes[0], targets, strict=True):
-        errors = 100 - 100 * curves[curves.target == target].set_index(["method", "epoch"]).val_accuracy
+        errors = 100 - 100 * table[table.target == target].set_index(["method", "epoch"]).val_accuracy
         groups = errors.groupby(level=[0, 1])
         points = pd.DataFrame({"y": groups.mean(), "below": groups.agg(interval)}).reset_index()
         points["below"] = points.below.where(points.epoch % apart == 0)
