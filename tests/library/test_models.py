@@ -87,18 +87,13 @@ def test_code_in_an_archive_is_never_run(tmp_path, suffix, zipped):
 
 
 FAULTY = {
-    "a module": (lambda s: torch.nn.Linear(2, 2), "it holds more than tensors"),
     "an optimizer": (lambda s: {"state": {0: s}}, "it has no state dict; save"),
     "two networks": (lambda s: s | prefixed("net.", s), r"37 unknown \('net\.conv1\.weight', .*\)"),
     "more classes": (lambda s: s | {"linear.weight": torch.ones(12, 64)}, r"1 of another shape .*\[12, 64\], not \["),
     "a lack": (lambda s: {n: t for n, t in s.items() if n != "linear.bias"}, r"1 missing \(linear\.bias\)"),
     "integers": (lambda s: s | {"linear.bias": torch.ones(10).char()}, r"1 of another type \(linear\.bias torch\.int8"),
-    "no numbers": (lambda s: s | {"linear.bias": torch.ones(10) / 0}, "'linear.bias' has values that are not finite"),
     "half of it": (lambda s: save(s)[:5000], "empty, cut off or of another format"),
-    "half an archive": (lambda s: b"PK\x03\x04" + bytes(99), "empty, cut off or of another format"),
-    "nothing": (lambda s: b"", "empty, cut off or of another format"),
     "a web page": (lambda s: b"<!DOCTYPE html>\n\x1b[31m404", "empty, cut off or of another format"),
-    "a text": (lambda s: b"conv1\nbn1\n", "empty, cut off or of another format"),
     "a pointer": (lambda s: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "run git lfs pull"),
 }
 

@@ -16,8 +16,11 @@ def blocks(path, language):
 
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+SLOW = re.compile("latency|export")  # takes a minute
 EXAMPLES = [
-    pytest.param(page, number, id=f"{page.stem}-{number}", marks=[pytest.mark.slow] if re.search("latency|export", code) else [])
+    pytest.param(
+        page, number, id=f"{page.stem}-{number}", marks=[pytest.mark.slow] if re.search("latency|export", code) else []
+    )
     for page in PAGES
     for number, code in enumerate(blocks(page, "python"))
 ]
