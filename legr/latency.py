@@ -44,15 +44,20 @@ def measure(
 
 def _call(network: nn.Module, inputs: Tensor) -> Callable[[], object]:
     """What is timed: a forward pass."""
-    given = inputs.to(next((p.dtype for p in network.parameters()), torch.float32))
+    inputs = inputs.to(next((p.dtype for p in network.parameters()), torch.float32))
     if not inputs.is_cuda:
-        return lambda: network(given)
+        return lambda: network(inputs)
     here, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
         for _ in range(3):  # in these, libraries set themselves up, which can't be recorded
-            network(given)
+            network(inputs)
     here.wait_stream(stream)
     with torch.cuda.graph(graph):
-        network(given)
-    return lambda: graph.replay() or given  # with them the inputs stay, which the graph reads
+        network(inputs)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return inputs  # the graph reads them: they must stay as long as it does
+
+    return replay

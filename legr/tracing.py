@@ -138,8 +138,8 @@ def _refuse_what_is_no_network(model: nn.Module, example_input: Tensor) -> None:
             )
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         shape = f" and shape {list(example_input.shape)}" if isinstance(example_input, Tensor) else ""
-        given = f"example_input is of type {type(example_input).__name__}{shape}"
-        raise UserError(f"{given}; it must be one tensor [1, channels, height, width]")
+        problem = f"example_input is of type {type(example_input).__name__}{shape}"
+        raise UserError(f"{problem}; it must be one tensor [1, channels, height, width]")
 
 
 def _recorded(model: nn.Module, leaves: dict[str, str], training: bool) -> tuple[fx.GraphModule, dict, set]:
@@ -164,15 +164,10 @@ def _recorded(model: nn.Module, leaves: dict[str, str], training: bool) -> tuple
             branching.add(owner)
             return training
 
-    root, tracer = copy.deepcopy(model), Tracer()
-    forward = root.forward
-    root.__class__ = type(type(root).__name__, (type(root),), {"forward": lambda self, x: forward(x)})
-    for module in root.modules():  # torch.fx records what is read from buffers
-        del module.training
-        module._buffers["training"] = torch.zeros(())
+    root, tracer = _with_mode_as_buffer(model), Tracer()
     try:
         graph = tracer.trace(root)
-        next(iter(graph.nodes)).target = next(iter(inspect.signature(forward).parameters))
+        next(iter(graph.nodes)).target = next(iter(inspect.signature(model.forward).parameters))
         parts, constants = {}, {}
         for n in [n for n in graph.nodes if n.op in ("call_module", "get_attr")]:
             owner, _, name = n.target.rpartition(".")
@@ -193,18 +188,32 @@ def _recorded(model: nn.Module, leaves: dict[str, str], training: bool) -> tuple
     return _recorded(model, leaves, training)
 
 
+def _with_mode_as_buffer(model: nn.Module) -> nn.Module:
+    """A copy for torch.fx, which records what is read of tensors and takes an attribute such as `training` as it is.
+
+    `training` of every module is a buffer, and the forward pass has one argument: the others have their defaults.
+    """
+    model = copy.deepcopy(model)
+    forward = model.forward
+    model.__class__ = type(type(model).__name__, (type(model),), {"forward": lambda self, x: forward(x)})
+    for module in model.modules():
+        del module.training
+        module._buffers["training"] = torch.zeros(())
+    return model
+
+
 def _difference(model: nn.Module, dense: fx.GraphModule, x: Tensor) -> str | None:
     """What the traced network does otherwise than `model`; None: nothing is seen."""
     unseen = "torch.fx sees no torch.no_grad, autocast, nor hooks of the network"
     for training in (False, True):
         try:
-            expected, found = (_run(copy.deepcopy(network).train(training), x) for network in (model, dense))
+            expected, traced = (_run(copy.deepcopy(network).train(training), x) for network in (model, dense))
         except ValueError:  # BatchNorm can't be trained on one value a channel
             continue
         except Exception as error:
             return f"the network can't be run when it is traced: {_first_line(error)}"
         for name, value in expected.items():
-            if name in found and not _alike(value, found[name]):
+            if name in traced and not _alike(value, traced[name]):
                 return f"{name} differs in {'training' if training else 'evaluation'} when it is traced ({unseen})"
     return None
 

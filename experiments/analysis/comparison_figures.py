@@ -1,5 +1,6 @@
 """Figures of the comparison, the ablations and the report, in the style of figures.py."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -47,7 +48,10 @@ def idea(
             ax.scatter(points.layer + shift, points.importance, s=7, color=color, lw=0, label=label)
         ax.axhline(rows[-1].importance[~rows[-1].kept].max(), color=DENSE, lw=1, label="the cut")
         lowest = rows[-1].importance.min()
-        ax.set_yscale("log") if lowest > 0 else ax.set_yscale("symlog", linthresh=1, linscale=0.6)
+        if lowest > 0:
+            ax.set_yscale("log")
+        else:
+            ax.set_yscale("symlog", linthresh=1, linscale=0.6)
         ax.set_ylim(0.8 * lowest if lowest > 0 else 1.2 * lowest, 1.6 * rows[-1].importance.max())
         ax.set(xlabel="prunable layer, in execution order", title=titles[name])
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, markerscale=2.5)
@@ -156,7 +160,7 @@ def tuning(table: pd.DataFrame, caption: str) -> Figure:
     Args:
         table: columns method, target, trial, epoch (0: as pruned), val_accuracy.
     """
-    targets, apart = sorted(table.target.unique(), reverse=True), -(-table.epoch.max() // 5)
+    targets, apart = sorted(table.target.unique(), reverse=True), math.ceil(table.epoch.max() / 5)
     if apart > 1:
         caption += f" · intervals: every {apart} epochs"  # more of them hide the curves
     figure, axes = new_figure(table, caption, 4 * len(targets), 4.6, columns=len(targets))

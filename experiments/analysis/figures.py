@@ -135,7 +135,7 @@ def search(histories: Sequence[pd.DataFrame], method: str, population: int, capt
     figure, axes = new_figure(together[["trial", "evaluation", "loss", "best"]], caption, 7, 4.2)
     ax, norm = axes[0, 0], np.mean([history.loss[population - 1] for history in histories])
     _progress(ax, histories, method, norm)
-    what = "mean of trials: " * (len(histories) > 1)
+    what = "mean of trials: " if len(histories) > 1 else ""
     ax.axhline(norm, color=COLORS["norm"], ls="--", lw=1.2, label=f"norm-only ({what}{norm:.2f})")
     ax.axvspan(0.5, population + 0.5, color="#000000", alpha=0.05, lw=0)
     ax.set(xlabel="evaluation (shaded: initial population)", ylabel="loss on held-out images")

@@ -14,14 +14,13 @@ from legr.data import Images
 from legr.files import UserError, atomic
 
 TEST, TRAIN = 500, 256  # images to judge on, and to re-estimate BatchNorm's statistics from
-LIMIT = 5_000_000  # bytes
-QUALITIES = {"lossless": {"lossless": True}} | {f"quality {q}": {"quality": q} for q in (95, 90, 80, 60, 40, 20, 5)}
+QUALITY = {32: "lossless", 128: 95, 10_000: 40}  # of WebP, up to so many pixels a side: the file stays below 5 MB
 
 
 class Samples(NamedTuple):
     test: Images
     train: Images  # some of those on which networks are trained
-    quality: str  # a name in QUALITIES
+    quality: str  # lossless, or of WebP
 
     @property
     def about(self) -> str:
@@ -34,7 +33,7 @@ def _file(exp: Experiment) -> Path:
 
 
 def write(exp: Experiment) -> None:
-    """Write images chosen at random by a fixed seed, as pictures: lossless if they fit, else as good as they do."""
+    """Write images chosen at random by a fixed seed, as pictures; large ones are lossy."""
     pictures = {}
     for part, images, count in (("test", exp.data.test, TEST), ("train", exp.data.fit, TRAIN)):
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
@@ -42,15 +41,14 @@ def write(exp: Experiment) -> None:
         in_colour = sample.pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # WebP has no grey
         for i, (pixels, label) in enumerate(zip(in_colour, sample.labels.tolist(), strict=True)):
             pictures[f"{part}/{i:03}-{label}.webp"] = Image.fromarray(pixels)
-    for quality, options in QUALITIES.items():
-        file = io.BytesIO()
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.comment = quality.encode()
-            for name, picture in pictures.items():
-                picture.save(content := io.BytesIO(), "WEBP", **options)
-                archive.writestr(zipfile.ZipInfo(name), content.getvalue())  # its date is the same always
-        if file.tell() < LIMIT:
-            break
+    quality = next(quality for side, quality in QUALITY.items() if max(exp.data.test.shape) <= side)
+    options = {"lossless": True} if quality == "lossless" else {"quality": quality}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.comment = (quality if quality == "lossless" else f"quality {quality}").encode()
+        for name, picture in pictures.items():
+            picture.save(content := io.BytesIO(), "WEBP", **options)
+            archive.writestr(zipfile.ZipInfo(name), content.getvalue())  # its date is the same always
     with atomic(_file(exp)) as path:
         path.write_bytes(file.getvalue())
 
