@@ -6,6 +6,7 @@ thread each), or the address of a running scheduler. Workers whose device is CUD
 """
 
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ def _work(function: Callable, address: tuple[str, ...], arguments: tuple, code_o
     if code() != code_of_job:
         here, there = Path(__file__).parents[2], address[0]
         raise UserError(f"a worker has other code (in {here}) than the job from {there}; start workers with its code")
+    # Loky's own way to start processes is for itself alone; those that decode images start in Python's.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     exp = _reopened(*address)
     torch.set_num_threads(1)
     return function(exp, *arguments)
