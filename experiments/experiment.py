@@ -17,7 +17,7 @@ from experiments.settings import Settings, find_root, read_settings
 from legr import models
 from legr.data import Dataset
 from legr.files import UserError, code_digest, read_json, tensors_digest
-from legr.training import Compute
+from legr.training import Compute, Recipe
 
 
 def code() -> str:
@@ -189,6 +189,21 @@ class Experiment:
     def caption(self) -> str:
         """Which run a figure shows."""
         return f"{self.about} · {self.effort}"
+
+
+def in_words(recipe: Recipe) -> str:
+    """A training's settings that are in force, in one line."""
+    schedules = {
+        "step": f"times {recipe.gamma:g} at {', '.join(f'{done:.0%}' for done in recipe.milestones)} of it",
+        "exponential": f"times {recipe.gamma:g} every {recipe.every:g} epochs",
+        "onecycle": f"one cycle with {recipe.warmup:.0%} warm-up",
+    }
+    words = [f"{recipe.epochs} epochs in batches of {recipe.batch_size}"]
+    words += [f"learning rate {recipe.lr:g}, {schedules[recipe.schedule]}", f"weight decay {recipe.weight_decay:g}"]
+    words += [f"{side} pixels a side until {until:.0%} of it" for until, side in recipe.resolutions]
+    words += [f"label smoothing {recipe.label_smoothing:g}"] if recipe.label_smoothing else []
+    words += [f"moving average of weights, {recipe.ema:g} a step"] if recipe.ema else []
+    return "; ".join(words)
 
 
 def open_experiment(

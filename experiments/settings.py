@@ -92,7 +92,6 @@ class AblationSettings(Section):
     fitness: dict[str, FitnessSettings]  # a name for figures: what is measured
     search: RankingSettings  # of which `vary` changes one setting at a time
     vary: Annotated[dict[str, tuple[Any, ...]], Field(min_length=1)]  # values of "targets", "fitness.steps", ...
-    evaluations: tuple[PositiveInt, ...] = ()  # the methods' searches, stopped after so many
 
     @model_validator(mode="after")
     def _are_searches(self) -> "AblationSettings":

@@ -1,6 +1,7 @@
 """The paper's claims beside what came out: verdicts by the rules of docs/verdicts.md, from the stages' tables."""
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import pandas as pd
 from experiments.analysis.tables import paper_changes
 from experiments.experiment import Experiment
 from experiments.methods import METHODS
-from experiments.stats import Difference, holm, welch
+from experiments.stats import Difference, holm, interval, welch
 
 Answer = tuple[str, str]  # a verdict, and the numbers behind it
 MARGINS = {"resnet56": 0.5, "mobilenet_v2": 1.0}  # points: a smaller difference counts as none
@@ -30,13 +31,10 @@ def claims(experiments: Iterable[Experiment]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", "paper", "stage", "experiment", "verdict", "evidence"])
 
 
-def linked(table: pd.DataFrame, titles: dict[str, str], folder: str) -> pd.DataFrame:
-    """A column for each experiment, in Markdown: verdicts lead to the executed notebooks below `folder`."""
-    links = [f"**[{row.verdict}]({folder}/{row.experiment}/{row.stage}/notebook.ipynb)**" for row in table.itertuples()]
-    cells = table.assign(cell=links + (" " + table.evidence))
-    wide = cells.pivot(index=["claim", "paper"], columns="experiment", values="cell")
-    order = list(dict.fromkeys(zip(table.claim, table.paper, strict=True)))
-    return wide.loc[order, list(titles)].rename(columns=titles)
+def worded(table: pd.DataFrame) -> pd.DataFrame:
+    """An experiment's claims for reading: the paper's word, the verdict and the numbers behind it."""
+    columns = {"claim": "claim", "paper": "paper", "verdict": "verdict", "evidence": "numbers"}
+    return table[list(columns)].rename(columns=columns).set_index("claim")
 
 
 # Differences ------------------------------------------------------------------------------
@@ -73,47 +71,96 @@ def differences(exp: Experiment, method: str, other: str) -> dict[float, Differe
 
 
 def comparisons(exp: Experiment) -> pd.DataFrame:
-    """Every method's endpoint, and its difference from each of `PLAIN` with the verdict."""
+    """Every method's endpoint in percent with its 95% interval, and its difference from each of `PLAIN`, in words."""
     rows = []
     for method in exp.methods:
         values = pd.Series(endpoint(exp, method))
-        row = {"method": METHODS[method].label, "trials": len(values), "endpoint": values.mean()}
+        spread = f" ± {interval(values):.2f}" if len(values) > 1 else ""
+        row = {"method": METHODS[method].label, "trials": len(values)}
+        row[f"mean over {in_words(judged_targets(exp))} (%)"] = f"{values.mean():.2f}{spread}"
         for other in PLAIN:
-            if other in exp.methods and other != method:
-                lead = difference(exp, method, other)
-                row[f"over {METHODS[other].label}"] = f"{lead} ({lead.verdict(margin(exp))})"
+            if other in exp.methods:
+                row[f"minus {METHODS[other].label}"] = "–" if other == method else _judged(exp, method, other)
         rows.append(row)
     return pd.DataFrame(rows).set_index("method")
 
 
-def finding(exp: Experiment, method: str = "legr") -> str:
-    """One sentence: how a method's endpoint stands to those of the plain methods."""
+def _judged(exp: Experiment, method: str, other: str) -> str:
+    lead = difference(exp, method, other)
+    return f"{lead} ({lead.verdict(margin(exp))})"
+
+
+PHRASES = {
+    "ahead": "ahead of",
+    "behind": "behind",
+    "open": "no measurable difference from",
+    "untested": "one trial, no verdict against",
+}
+
+
+def _phrase(exp: Experiment, lead: Difference) -> str:
+    return PHRASES.get(lead.verdict(margin(exp)), f"equal within {margin(exp):g} points to")
+
+
+def finding(exp: Experiment, method: str) -> str:
+    """One sentence: a method's endpoint, and how it stands to those of the plain methods."""
+    label = METHODS[method].label
     if exp.settings.data.name == "digits":
-        return f"{METHODS[method].label}: digits, no verdict"
-    parts = []
+        return f"{label}: digits, no verdict"
+    mean = f"{label}: {statistics.mean(endpoint(exp, method)):.1f}% in the mean over {in_words(judged_targets(exp))}"
+    leads = {other: difference(exp, method, other) for other in PLAIN if other in exp.methods and other != method}
+    compared = [f"{_phrase(exp, lead)} {METHODS[other].label} ({lead})" for other, lead in leads.items()]
+    return f"{mean}; {', '.join(compared)}"
+
+
+def headline(exp: Experiment) -> str:
+    """How the last of the learned methods stands to the plain ones, in a few words."""
+    *_, method = (name for name in exp.methods if METHODS[name].learned)
+    if exp.settings.data.name == "digits":
+        return "digits, no verdict"
+    phrases: dict[str, list[str]] = {}
     for other in (name for name in PLAIN if name in exp.methods):
-        lead = difference(exp, method, other)
-        if lead.verdict(margin(exp)) == "untested":
-            return f"{METHODS[method].label}: one trial, no verdict"
-        parts.append(f"{lead.verdict(margin(exp))} beside {METHODS[other].label} ({lead})")
-    return f"{METHODS[method].label}: {'; '.join(parts)}, in points of the mean over {_counts(judged_targets(exp))}"
+        phrases.setdefault(_phrase(exp, difference(exp, method, other)), []).append(METHODS[other].label)
+    return f"{METHODS[method].label}: " + "; ".join(f"{phrase} {' and '.join(to)}" for phrase, to in phrases.items())
 
 
-def _counts(targets: Iterable[float]) -> str:
-    """FLOP counts in words: 70, 60 and 50%."""
+def in_words(targets: Iterable[float]) -> str:
+    """FLOP counts in words: 70, 60 and 50% of the FLOPs."""
     *first, last = [f"{100 * target:g}" for target in targets]
-    return f"{', '.join(first)} and {last}%" if first else f"{last}%"
+    return f"{', '.join(first)} and {last}% of the FLOPs" if first else f"{last}% of the FLOPs"
+
+
+def over_norm_only(exp: Experiment) -> pd.DataFrame:
+    """Every trial's points over norm-only's mean: columns category (a FLOP count), method, value, star.
+
+    `star`: the method differs from norm-only at this count, by Holm's correction over the judged ones.
+    """
+    table, rows = exp.networks, []
+    norm_only = 100 * table[table.method == "norm"].groupby("target").accuracy.mean()
+    for target in sorted(exp.settings.targets, reverse=True):
+        for method in (name for name in exp.methods if name != "norm"):
+            trials = table[(table.method == method) & (table.target == target)]
+            star = target in differing(exp, method, "norm")
+            rows += [(f"{target:.0%}", method, 100 * a - norm_only[target], star) for a in trials.accuracy]
+    return pd.DataFrame(rows, columns=["category", "method", "value", "star"])
+
+
+def differing(exp: Experiment, method: str, other: str) -> list[float]:
+    """The judged targets at which two methods differ, by Holm's correction."""
+    judged, single = judged_targets(exp), differences(exp, method, other)
+    return [t for t, differs in zip(judged, holm([single[t].p for t in judged]), strict=True) if differs]
 
 
 def leads(method: str, other: str) -> Callable[[Experiment], Answer]:
     """Whether `method` is ahead of `other` at the endpoint; single targets are shown, those that differ with a star."""
 
     def answer(exp: Experiment) -> Answer:
-        lead, judged = difference(exp, method, other), judged_targets(exp)
-        single = differences(exp, method, other)
-        differing = dict(zip(judged, holm([single[target].p for target in judged]), strict=True))
-        points = [f"{target:.0%} {each}{'*' if differing.get(target) else ''}" for target, each in single.items()]
-        return lead.verdict(margin(exp)), f"{lead} points at {_counts(judged)} together; {', '.join(points)}"
+        lead, stars = difference(exp, method, other), differing(exp, method, other)
+        single = [
+            f"{target:.0%} {each}{'*' if target in stars else ''}"
+            for target, each in differences(exp, method, other).items()
+        ]
+        return lead.verdict(margin(exp)), f"{lead} points over {in_words(judged_targets(exp))}; {', '.join(single)}"
 
     return answer
 
@@ -165,10 +212,10 @@ def _answers(
     names = sorted((name for name in part.answer.unique() if "," not in name), key=order)[int(without_first) :]
     if len(names) < 2:
         return "untested", ""
-    searches = 100 * part.assign(trial=part.get("trial", 0)).groupby(["answer", "trial"]).accuracy.mean()
+    searches = 100 * part.groupby(["answer", "trial"]).accuracy.mean()
     lead = welch(searches[names[0]], searches[names[-1]])
     count = searches[names[0]].size
-    evidence = f"{compared.format(names[0], names[-1])}: {lead} points at {_counts(judged_targets(exp))} together"
+    evidence = f"{compared.format(names[0], names[-1])}: {lead} points over {in_words(judged_targets(exp))}"
     verdict = lead.verdict(margin(exp))
     verdict = {"ahead": "reproduced", "behind": "not", "untested": "open"}.get(verdict, verdict)
     return verdict, f"{evidence} ({count} search{'es' if count > 1 else ''} each)"

@@ -1,19 +1,17 @@
 """Figures of the comparison, the ablations and the report, in the style of figures.py."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from experiments.analysis.figures import COLORS, LABELS, MARKERS, bars, curves, legend, logarithmic, new_figure
-from experiments.methods import DENSE, PAPER
-from experiments.stats import interval
+from experiments.analysis.figures import COLORS, LABELS, MARKERS, bars, curves, dots, legend, new_figure
+from experiments.methods import DENSE, METHODS, PAPER
 from legr.graph import Graph
 from legr.ranking import Ranking, select
 
@@ -23,64 +21,107 @@ QUESTIONS = {"targets": "FLOPs at which the search judges", "fitness.steps": "gr
 def idea(
     graph: Graph, norms: Sequence[Tensor], ranking: Ranking, target: float, floor: float, method: str, caption: str
 ) -> Figure:
-    """The idea of a learned ranking: every filter's importance by layer, by norms alone and by Eq. 1, and one cut.
+    """The idea of a learned ranking: where each filter stands among all, by norms alone and by Eq. 1, and one cut.
 
-    Importance is that of the filter's unit, in which coupled filters are summed. What stays below the cut has its
-    layer at the floor.
+    Layers whose output nothing activates are left out: their filters are summed over several layers.
     """
     figure, axes = new_figure(pd.DataFrame(), caption, 11, 4.6, columns=2)
-    rows, units = [], np.concatenate(graph.units)
-    layers = np.repeat(np.arange(len(graph.units)), graph.widths) + 1
-    plain = Ranking.norm_only(len(norms))
-    titles = {
-        "norm": "by norms alone: $\\Vert\\Theta_i\\Vert^2$",
-        method: "learned (Eq. 1): $\\alpha_l\\Vert\\Theta_i\\Vert^2+\\kappa_l$",
-    }
-    for ax, (name, one) in zip(axes[0], {"norm": plain, method: ranking}.items(), strict=True):
-        scores = one.scores(norms)
-        kept = torch.cat(select(graph, scores, target, floor=floor)).numpy()
-        importance = np.bincount(units + 1, torch.cat(scores).numpy())[1:][units]  # of a filter's unit
-        part = pd.DataFrame({"panel": name, "layer": layers, "importance": importance, "kept": kept})
-        rows.append(part[units >= 0])
+    shown = [place for place, layer in enumerate(graph.layers) if layer.name not in graph.unactivated]
+    titles = {"norm": "by norms alone: $\\Vert\\Theta_i\\Vert^2$"}
+    titles[method] = "learned (Eq. 1): $\\alpha_l\\Vert\\Theta_i\\Vert^2+\\kappa_l$"
+    rankings, rows = {"norm": Ranking.norm_only(len(norms)), method: ranking}, []
+    for ax, (name, title) in zip(axes[0], titles.items(), strict=True):
+        scores = rankings[name].scores(norms)
+        kept = select(graph, scores, target, floor=floor)
+        for number, place in enumerate(shown, 1):
+            part = pd.DataFrame({"layer": number, "score": scores[place].numpy(), "kept": kept[place].numpy()})
+            rows.append(part.assign(panel=name))
+        panel = pd.concat(rows[-len(shown) :])
+        panel["rank"] = 100 * panel.score.rank(pct=True)
         for stays, color, label in ((True, COLORS[name], "stays"), (False, "#B8B8B8", "goes")):
-            points = rows[-1][rows[-1].kept == stays]
-            shift = np.linspace(-0.3, 0.3, 7)[np.arange(len(points)) % 7]
-            ax.scatter(points.layer + shift, points.importance, s=7, color=color, lw=0, label=label)
-        ax.axhline(rows[-1].importance[~rows[-1].kept].max(), color=DENSE, lw=1, label="the cut")
-        lowest = rows[-1].importance.min()
-        if lowest > 0:
-            ax.set_yscale("log")
-        else:
-            ax.set_yscale("symlog", linthresh=1, linscale=0.6)
-        ax.set_ylim(0.8 * lowest if lowest > 0 else 1.2 * lowest, 1.6 * rows[-1].importance.max())
-        ax.set(xlabel="prunable layer, in execution order", title=titles[name])
+            points = panel[panel.kept == stays]
+            aside = np.linspace(-0.3, 0.3, 7)[np.arange(len(points)) % 7]
+            ax.scatter(points.layer + aside, points["rank"], s=7, color=color, lw=0, label=label)
+        ax.axhline(panel["rank"][~panel.kept].max(), color=DENSE, lw=1, label="the cut")
+        ax.set(xlabel="layer, in execution order", title=title, ylim=(-2, 102))
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, markerscale=2.5)
-    axes[0, 0].set(ylabel="importance of a filter's unit")
+    axes[0, 0].set(ylabel="place in the ranking of all filters (%)")
     figure.data = pd.concat(rows)
     return figure
 
 
-def hero(panels: Sequence[tuple[str, pd.DataFrame, Mapping[str, float]]], caption: str) -> Figure:
-    """A row for each experiment: accuracy over FLOPs (left), and points over norm-only's mean (right).
+def hero(panels: Mapping[str, pd.DataFrame], caption: str) -> Figure:
+    """Points of test accuracy over norm-only's mean at each FLOP count: a dot a trial, a bar for the mean.
 
     Args:
-        panels: a title, a table as for `tradeoff`, and the dense network's record.
+        panels: by title, columns category, method, value, and star (the difference is one by docs/verdicts.md).
     """
-    everything = pd.concat([table.assign(experiment=title) for title, table, _ in panels])
-    columns = ["experiment", "method", "target", "trial", "flops", "accuracy"]
-    figure, axes = new_figure(everything[columns], caption, 12, 3.6 * len(panels) + 0.8, rows=len(panels), columns=2)
-    for (left, right), (title, table, dense) in zip(axes, panels, strict=True):
-        base = "norm" if "norm" in set(table.method) else table.method[0]
-        mean = table[table.method == base].groupby("target").accuracy.mean()
-        less = table.assign(accuracy=table.accuracy - table.target.map(mean))
-        for ax, part in ((left, table), (right, less)):
-            groups = part.groupby(["method", "target"])
-            points = pd.DataFrame({"y": 100 * groups.accuracy.mean(), "below": 100 * groups.accuracy.agg(interval)})
-            curves(ax, points.reset_index().assign(x=lambda p: 100 * p.target, above=lambda p: p.below))
-        left.axhline(100 * dense["accuracy"], color=DENSE, ls=":", lw=1.2, label="dense")
-        left.set(xlabel="FLOPs left (%)", ylabel="test accuracy (%)", title=title)
-        right.set(xlabel="FLOPs left (%)", ylabel=f"points over {LABELS[base]}", title=title)
-    return legend(figure)
+    everything = pd.concat({title.partition("\n")[0]: table for title, table in panels.items()}, names=["experiment"])
+    data = everything.reset_index(level=0)
+    figure, axes = new_figure(data, caption, 12.5, 5, columns=len(panels))
+    for ax, (title, table) in zip(axes[0], panels.items(), strict=True):
+        dots(ax, table)
+        ax.axhline(0, color=COLORS["norm"], lw=2, zorder=0)
+        last = table.category.iloc[-1]
+        ends = table[table.category == last].groupby("method").value.mean()
+        _direct_labels(ax, pd.concat([ends, pd.Series({"norm": 0.0})]))
+        methods, categories = list(table.method.unique()), list(table.category.unique())
+        for (category, method), part in table[table.star].groupby(["category", "method"]):
+            x = categories.index(category) + 0.8 / len(methods) * (methods.index(method) - (len(methods) - 1) / 2)
+            place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 14}
+            ax.annotate("*", (x, part.value.max()), color=COLORS[method], **place)
+        ax.set_xlabel("FLOPs left")
+        ax.set_title(title, loc="left", fontsize=11)
+    axes[0, 0].set_ylabel(f"points of test accuracy over {LABELS['norm']}")
+    return figure
+
+
+def _direct_labels(ax: Axes, ends: pd.Series) -> None:
+    """The names of methods at the right edge, at the heights `ends` and at least a line of text apart."""
+    low, high = ax.get_ylim()
+    heights, line = ends.sort_values(), (high - low) / 15
+    placed = heights.to_numpy().copy()
+    for i in range(1, len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + line)
+    placed -= max(0, placed[-1] - high)
+    for method, height in zip(heights.index, placed, strict=True):
+        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        ax.annotate(LABELS[method], (ax.get_xlim()[1], height), color=COLORS[method], annotation_clip=False, **place)
+
+
+VERDICTS = {  # colours of a tile and of its text; "equal within 0.5" goes by its first word
+    "ahead": ("#1A7F37", "white"),
+    "reproduced": ("#1A7F37", "white"),
+    "equal": ("#BFDDF3", "black"),
+    "partly": ("#8FD19B", "black"),
+    "behind": ("#F0A27E", "black"),
+    "not": ("#F0A27E", "black"),
+    "open": ("#D9D9D9", "black"),
+    "untested": ("#F2F2F2", "black"),
+}
+
+
+def tiles(claims: pd.DataFrame, titles: Mapping[str, str], caption: str) -> Figure:
+    """The verdict on each claim (row) in each experiment (column).
+
+    Args:
+        claims: columns claim, experiment, verdict, evidence.
+        titles: of experiments, by their names.
+    """
+    names = list(dict.fromkeys(claims.claim))
+    figure, ((ax,),) = new_figure(claims, caption, 8.8, 0.38 * len(names) + 0.9)
+    for row in claims.itertuples():
+        color, text = VERDICTS[row.verdict.split()[0]]
+        x, y = list(titles).index(row.experiment), names.index(row.claim)
+        ax.add_patch(plt.Rectangle((x + 0.015, y + 0.05), 0.97, 0.9, color=color, lw=0))
+        ax.text(x + 0.5, y + 0.5, row.verdict, color=text, ha="center", va="center", fontsize=11)
+    ax.set(xlim=(0, len(titles)), ylim=(len(names), 0))
+    ax.set_xticks([x + 0.5 for x in range(len(titles))], list(titles.values()))
+    ax.set_yticks([y + 0.5 for y in range(len(names))], names)
+    ax.xaxis.tick_top()
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    return figure
 
 
 def networks(graph: Graph, kept: Mapping[tuple[str, float], Sequence[Tensor]], caption: str) -> Figure:
@@ -102,12 +143,11 @@ def networks(graph: Graph, kept: Mapping[tuple[str, float], Sequence[Tensor]], c
     return figure
 
 
-def cost(table: pd.DataFrame, papers: Mapping[int, float], caption: str) -> Figure:
+def cost(table: pd.DataFrame, caption: str) -> Figure:
     """Hours for sets of networks (left), and how often a search each takes the time of one search (right).
 
     Args:
         table: columns method, networks, "one search", "a search each", ratio.
-        papers: the ratio for numbers of networks, as counted from the authors' scripts, with AMC as the search each.
     """
     figure, (axes,) = new_figure(table, caption, 11, 4.4, columns=2)
     for method, part in table.groupby("method"):
@@ -115,66 +155,51 @@ def cost(table: pd.DataFrame, papers: Mapping[int, float], caption: str) -> Figu
         axes[0].plot(part.networks, part["one search"], label=f"{LABELS[method]}: one search for all", **style)
         axes[0].plot(part.networks, part["a search each"], ls="--", label=f"{LABELS[method]}: a search each", **style)
         axes[1].plot(part.networks, part.ratio, **style)
-    axes[1].plot(
-        list(papers),
-        list(papers.values()),
-        "x",
-        color=PAPER,
-        mew=2,
-        ms=8,
-        label="from the authors' CIFAR-100 scripts, against AMC",
-    )
-    for networks, ratio in papers.items():
-        place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-        axes[1].annotate(f"{ratio:.2f}", (networks, ratio), color=PAPER, **place)
     axes[0].set(xlabel="networks in the set", ylabel="hours (search + fine-tuning)", ylim=(0, None))
     axes[1].set(xlabel="networks in the set", ylabel="a search each / one search", ylim=(0.9, None))
-    handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=10)
-    return figure
+    return legend(figure, columns=2)
 
 
 def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, caption: str) -> Figure:
-    """Each fitness (column) against the accuracy after the same short fine-tuning, at each target (row)."""
-    import seaborn
+    """A fitness in each panel against the accuracy after the same short fine-tuning.
 
-    rows, columns = correlations.target.nunique(), correlations.fitness.nunique()
-    figure, axes = new_figure(table, caption, 4 * columns, 3.8 * rows + 0.6, rows, columns)
-    style = {"hue": "source", "palette": COLORS, "style": "source", "markers": MARKERS, "s": 70}
-    panels = correlations.sort_values("target", ascending=False, kind="stable").itertuples()
-    for ax, panel in zip(axes.flat, panels, strict=True):
-        part = table[table.target == panel.target].assign(percent=lambda t: 100 * t.accuracy)
-        seaborn.scatterplot(part, x=panel.fitness, y="percent", ax=ax, **style)
-        ax.legend_.remove()  # one for all, above
-        ax.errorbar(part[panel.fitness], part.percent, 100 * part.deviation, ls="none", ecolor=PAPER, zorder=0)
-        ax.set(xscale="log", xlabel=f"loss, {panel.fitness}", ylabel="")
+    Args:
+        table: columns target, source, accuracy, deviation (over seeds), and one for each fitness.
+        correlations: a row for each panel: target, fitness, spearman.
+    """
+    figure, axes = new_figure(table, caption, 5 * len(correlations), 4.6, columns=len(correlations))
+    for ax, panel in zip(axes[0], correlations.itertuples(), strict=True):
+        at_target = table[table.target == panel.target]
+        for source, rankings in at_target.groupby("source"):
+            style = {"color": COLORS[source], "marker": MARKERS[source], "ls": "", "ms": 7}
+            percent, error = 100 * rankings.accuracy, 100 * rankings.deviation
+            ax.errorbar(rankings[panel.fitness], percent, error, ecolor=PAPER, elinewidth=1, label=source, **style)
+        ax.set(xscale="log", xlabel=f"loss, {panel.fitness}", ylabel=f"test accuracy (%), {steps} steps")
         title = f"{panel.target:.0%} FLOPs · Spearman ρ = {panel.spearman:.2f}"
-        ax.set_title(title.replace("-", "−"), fontsize=11)
-    figure.supylabel(f"test accuracy (%), {steps} steps", fontsize=12)
+        ax.set_title(title.replace("-", "−"))
     return legend(figure)
 
 
 def tuning(table: pd.DataFrame, caption: str) -> Figure:
-    """Held-out error over epochs of fine-tuning, a panel for each target: means over trials, some with 95% intervals.
+    """Held-out accuracy over epochs of fine-tuning, a panel for each target: trials (thin) and their means.
 
     Args:
         table: columns method, target, trial, epoch (0: as pruned), val_accuracy.
     """
-    targets, apart = sorted(table.target.unique(), reverse=True), math.ceil(table.epoch.max() / 5)
-    if apart > 1:
-        caption += f" · intervals: every {apart} epochs"  # more of them hide the curves
+    targets = sorted(table.target.unique(), reverse=True)
     figure, axes = new_figure(table, caption, 4 * len(targets), 4.6, columns=len(targets))
     for ax, target in zip(axes[0], targets, strict=True):
-        errors = 100 - 100 * table[table.target == target].set_index(["method", "epoch"]).val_accuracy
-        groups = errors.groupby(level=[0, 1])
-        points = pd.DataFrame({"y": groups.mean(), "below": groups.agg(interval)}).reset_index()
-        points["below"] = points.below.where(points.epoch % apart == 0)
-        curves(ax, points.assign(x=points.epoch, above=points.below))
-        logarithmic(ax)
-        lowest = 0.8 * points.y.clip(lower=0.01).min()  # none may be wrong
-        ax.set(xlabel="epochs of fine-tuning", title=f"{target:.0%} FLOPs", ylim=(lowest, 100))
+        at_target = table[table.target == target]
+        for method in (name for name in METHODS if name in set(at_target.method)):
+            curves = 100 * at_target[at_target.method == method].pivot(
+                index="epoch", columns="trial", values="val_accuracy"
+            )
+            ax.plot(curves.index, curves, color=COLORS[method], lw=0.7, alpha=0.35)
+            ax.plot(curves.index, curves.mean(axis=1), color=COLORS[method], lw=2, label=LABELS[method])
+        ax.sharey(axes[0, 0])
+        ax.set(xlabel="epochs of fine-tuning", title=f"{target:.0%} FLOPs")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0, 0].set(ylabel="held-out error (%)")
+    axes[0, 0].set(ylabel="held-out accuracy (%)")
     return legend(figure)
 
 
@@ -198,42 +223,24 @@ def order(table: pd.DataFrame, caption: str) -> Figure:
 
 
 def answers(table: pd.DataFrame, caption: str) -> Figure:
-    """What a search depends on, a panel for each question: accuracy less norm-only's over targets.
-
-    Intervals are over searches, or over seeds of the steps where each answer has one search.
+    """What a search depends on, a panel for each question: accuracy less norm-only's mean, a dot for each search.
 
     Args:
-        table: columns question ("": norm-only), answer, trial (of several searches), target, seed, accuracy.
+        table: columns question ("": norm-only), answer, trial (of a search), accuracy: of the judged targets and of
+            several seeds of the steps, whose mean a dot shows.
     """
-    several = "trial" in table and table.trial.nunique() > 1
-    norm_only = table[table.question == ""]
-    if several:
-        norm_only = norm_only.groupby("target").accuracy.mean()
-        values = table.groupby(["question", "answer", "target", "trial"], sort=False).accuracy.mean()
-        less = 100 * (values - norm_only.reindex(values.index, level="target"))
-    else:
-        values = table.set_index(["question", "answer", "target", "seed"]).accuracy
-        norm_only = norm_only.set_index(["target", "seed"]).accuracy
-        less = 100 * (values - norm_only.reindex(values.index.droplevel([0, 1])).to_numpy())
-    less = less.sort_index()
-    questions = table.question[table.question != ""].unique()
-    figure, axes = new_figure(table, caption, 4.6 * len(questions), 4.6, columns=len(questions))
+    values = 100 * table.groupby(["question", "answer", "trial"], sort=False).accuracy.mean()
+    values = (values - values[""].mean()).drop("").rename("value").reset_index()
+    questions = list(values.question.unique())
+    figure, axes = new_figure(values, caption, 5 * len(questions), 4.4, columns=len(questions))
     for ax, question in zip(axes[0], questions, strict=True):
-        if ax is not axes[0, 0]:
-            ax.sharey(axes[0, 0])
-        names = table.answer[table.question == question].unique()
-        colors = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(names)))
-        for place, (name, color) in enumerate(zip(names, colors, strict=True)):
-            groups = less.loc[question, name].groupby("target")
-            x = 100 * groups.mean().index + place - (len(names) - 1) / 2  # a little apart, so that all bars show
-            ax.errorbar(x, groups.mean(), groups.agg(interval), color=color, marker="o", capsize=3, label=name)
-        ax.axhline(0, color=COLORS["norm"], ls="--", lw=1.2, label="norm-only")
-        method, _, asked = question.rpartition(": ")
-        ax.set(xlabel="FLOPs left (%)")
-        ax.set_title(f"{QUESTIONS.get(asked, asked)}\n{LABELS.get(method, '')}", fontsize=11)
-        ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+        ax.sharey(axes[0, 0])
+        asked = values[values.question == question].rename(columns={"answer": "category"})
+        dots(ax, asked.assign(method="legr"))
+        ax.axhline(0, color=COLORS["norm"], lw=2, zorder=0, label=LABELS["norm"])
+        ax.set_title(QUESTIONS.get(question, question))
     axes[0, 0].set(ylabel="points of accuracy over norm-only's")
-    return figure
+    return legend(figure)
 
 
 def latency(table: pd.DataFrame, caption: str) -> Figure:

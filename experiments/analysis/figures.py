@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.methods import DENSE, METHODS, PAPER
-from experiments.stats import interval
 from legr.files import atomic, write_text
 from legr.graph import Graph
 from legr.ranking import Ranking
@@ -64,18 +63,39 @@ def legend(figure: Figure, columns: int = 3) -> Figure:
     return figure
 
 
-def curves(ax: Axes, points: pd.DataFrame, joined: bool = True) -> None:
-    """A curve for each method; `points`: columns method, x, y, and the lengths `below` and `above` of error bars.
-
-    Methods lie a little apart along x, so that the error bars of all show.
-    """
-    methods = [name for name in METHODS if name in set(points.method)]
-    apart = 0.014 * (points.x.max() - points.x.min())
-    for place, name in enumerate(methods):
+def curves(ax: Axes, points: pd.DataFrame) -> None:
+    """A curve for each method; `points`: columns method, x, y, and the lengths `below` and `above` of error bars."""
+    for name in (name for name in METHODS if name in set(points.method)):
         part = points[points.method == name].sort_values("x")
+        style = {"color": COLORS[name], "marker": MARKERS[name], "label": LABELS[name]}
+        ax.errorbar(part.x, part.y, (part.below, part.above), lw=1.6, ms=6, capsize=2.5, **style)
+
+
+def trials(ax: Axes, points: pd.DataFrame, joined: bool = True) -> None:
+    """A dot for each trial, and a line through the means of each method; `points`: columns method, target, x, y."""
+    for name in (name for name in METHODS if name in set(points.method)):
+        part = points[points.method == name]
+        ax.plot(part.x, part.y, "o", ms=4, alpha=0.45, mew=0, color=COLORS[name])
+        means = part.groupby("target")[["x", "y"]].mean()
         style = {"color": COLORS[name], "marker": MARKERS[name], "label": LABELS[name], "ls": "-" if joined else ""}
-        x = part.x + apart * (place - (len(methods) - 1) / 2)
-        ax.errorbar(x, part.y, (part.below, part.above), lw=1.6, ms=6, capsize=2.5, **style)
+        ax.plot(means.x, means.y, lw=1.6, ms=6, **style)
+
+
+def dots(ax: Axes, values: pd.DataFrame) -> None:
+    """A dot for each value and a bar for each mean, side by side in a category.
+
+    Args:
+        values: columns category and method, in the order drawn, and value.
+    """
+    categories, methods = (list(values[column].unique()) for column in ("category", "method"))
+    width = 0.8 / len(methods)
+    for (category, method), part in values.groupby(["category", "method"], sort=False):
+        x = categories.index(category) + width * (methods.index(method) - (len(methods) - 1) / 2)
+        ax.plot([x] * len(part), part.value, "o", ms=5, alpha=0.55, mew=0, color=COLORS[method])
+        ax.hlines(part.value.mean(), x - 0.4 * width, x + 0.4 * width, color=COLORS[method], lw=3)
+    ax.set_xticks(range(len(categories)), categories)
+    ax.set_xlim(-0.5, len(categories) - 0.5)
+    ax.grid(visible=False, axis="x")
 
 
 def logarithmic(ax: Axes) -> None:
@@ -120,12 +140,12 @@ def _progress(ax: Axes, histories: Sequence[pd.DataFrame], method: str, shown: f
     for trial, history in enumerate(histories):
         labels = ("candidate", "best so far") if trial == 0 else (None, None)
         ax.plot(history.evaluation, history.loss.where(history.loss <= top), ".", alpha=0.4, label=labels[0], **style)
-        ax.plot(history.evaluation, history.best.clip(upper=top), lw=2, label=labels[1], **style)
+        ax.step(history.evaluation, history.best.clip(upper=top), where="post", lw=2, label=labels[1], **style)
     worst = together.evaluation[together.loss > top]
     if len(worst):
         edge = [top] * len(worst)
         ax.plot(worst, edge, "^", ms=5, alpha=0.4, label="candidate above the axis", clip_on=False, **style)
-    ax.set(xlabel="evaluation", ylabel="loss", xlim=(0.5, len(histories[0]) + 0.5), yscale="log")
+    ax.set(xlabel="evaluation", ylabel="loss", xlim=(0.5, len(histories[0]) + 0.5))
     ax.set_ylim(top=top)
 
 
@@ -220,7 +240,9 @@ def search_movie(
 def tradeoff(
     table: pd.DataFrame, cuts: pd.DataFrame, dense: Mapping[str, float], papers: pd.DataFrame | None, caption: str
 ) -> Figure:
-    """Accuracy over FLOPs, fine-tuned (left) and with BatchNorm recalibrated only (right): means, 95% intervals.
+    """Accuracy over FLOPs, fine-tuned (left) and with BatchNorm recalibrated only (right): trials and their means.
+
+    The figure of a single method shows all accuracies, so that those of several methods have the same axes.
 
     Args:
         table: columns method, target, trial, flops, accuracy, accuracy_recalibrated.
@@ -228,27 +250,26 @@ def tradeoff(
         papers: columns network, mflops, accuracy_percent, source; None where the paper used other images.
     """
     figure, axes = new_figure(table.drop(columns="widths", errors="ignore"), caption, 11, 5, columns=2)
-    groups = table.groupby(["method", "target"])
     titles = {"accuracy": "after fine-tuning", "accuracy_recalibrated": "before: BatchNorm recalibrated only"}
     for ax, (column, title) in zip(axes[0], titles.items(), strict=True):
-        points = pd.DataFrame({"x": groups.flops.mean() / 1e6, "y": 100 * groups[column].mean()})
-        points["below"] = points["above"] = 100 * groups[column].agg(interval)
-        curves(ax, points.reset_index(), joined=column == "accuracy")
+        trials(ax, table.assign(x=table.flops / 1e6, y=100 * table[column]), joined=column == "accuracy")
         ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], "D", color=DENSE, label="dense")
         ax.set(xlabel="MFLOPs (one image)", ylabel="test accuracy (%)", title=title)
+        if table.method.nunique() == 1:
+            ax.set_ylim(0, 101)
     for method, curve in cuts.groupby("method"):
         axes[0, 1].plot(curve.flops / 1e6, 100 * curve.accuracy_recalibrated, color=COLORS[method], lw=1.5)
     if papers is not None:
-        papers = papers[papers.source.str.startswith("paper")]
-        style = {"color": PAPER, "mfc": "white", "ms": 11, "ls": "", "label": "quoted networks (paper)"}
-        axes[0, 0].plot(papers.mflops, papers.accuracy_percent, "o", **style)
-        names = [f"{i}  {row.network}: {row.accuracy_percent}" for i, row in enumerate(papers.itertuples(), 1)]
-        for i, row in enumerate(papers.itertuples(), 1):
-            place = {"ha": "center", "va": "center_baseline", "fontsize": 8}
-            axes[0, 0].text(row.mflops, row.accuracy_percent, str(i), **place)
-        place = {"ha": "right", "va": "bottom", "fontsize": 9, "color": "#555555", "multialignment": "left"}
-        axes[0, 0].text(0.98, 0.03, "\n".join(names), transform=axes[0, 0].transAxes, **place)
-    for ax in axes[0]:  # an interval may reach beyond what an accuracy can be
-        low, high = ax.get_ylim()
-        ax.set_ylim(max(low, 0), min(high, 101))
+        _quote(axes[0, 0], papers[papers.source.str.startswith("paper")])
     return legend(figure)
+
+
+def _quote(ax: Axes, papers: pd.DataFrame) -> None:
+    """The paper's networks as numbered circles, named in the lower right corner."""
+    style = {"color": PAPER, "mfc": "white", "ms": 11, "ls": "", "label": "quoted networks (paper)"}
+    ax.plot(papers.mflops, papers.accuracy_percent, "o", **style)
+    for i, row in enumerate(papers.itertuples(), 1):
+        ax.text(row.mflops, row.accuracy_percent, str(i), ha="center", va="center_baseline", fontsize=8)
+    names = [f"{i}  {row.network}: {row.accuracy_percent}" for i, row in enumerate(papers.itertuples(), 1)]
+    place = {"ha": "right", "va": "bottom", "fontsize": 9, "color": "#555555", "multialignment": "left"}
+    ax.text(0.98, 0.03, "\n".join(names), transform=ax.transAxes, **place)

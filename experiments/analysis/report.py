@@ -16,7 +16,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
 from experiments.analysis import claims, comparison_figures, figures
-from experiments.analysis.tables import computing_hours, markdown, summary, worded
+from experiments.analysis.tables import accuracies, computing_hours, markdown
 from experiments.experiment import Experiment
 from experiments.methods import METHODS
 from legr.files import UserError, write_text
@@ -27,13 +27,7 @@ FOLDED = """
 <details class="code"><summary>code</summary>{{ super() }}</details>
 {%- endblock input -%}
 """
-ORDER = (
-    "compare",
-    "rankings/*",
-    "sets/*",
-    "ablations",
-    "dense",
-)  # the answer, how it was made, why, what it starts from
+ORDER = ("compare", "rankings/*", "ablations", "dense")  # the answer, how it was made, why, what it starts from
 
 
 class _Renderer(IPythonRenderer):
@@ -47,7 +41,7 @@ class _Renderer(IPythonRenderer):
 
 
 def build(experiments: list[Experiment], out: Path) -> None:
-    """Write index.html, and what only all experiments together give: the figures hero and idea, and the claims.
+    """Write index.html, and what only all experiments together give: the figures hero, idea and tiles, and the claims.
 
     answer.md and results.md are the parts of README.md and docs/results.md that hold numbers.
 
@@ -61,8 +55,7 @@ def build(experiments: list[Experiment], out: Path) -> None:
 
 
 def _build(experiments: list[Experiment], out: Path) -> None:
-    exporter = _exporter()
-    chapters, places = {}, {}
+    exporter, chapters, places = _exporter(), {}, {}
     for exp in experiments:
         notebooks = [path for stage in ORDER for path in sorted(exp.folder.glob(f"{stage}/notebook.ipynb"))]
         if not notebooks:
@@ -70,51 +63,76 @@ def _build(experiments: list[Experiment], out: Path) -> None:
         chapters[exp.name] = [_chapter(exporter, path, exp.folder) for path in notebooks]
         places |= {(exp.name, part["stage"]): f"{exp.name}-{i}" for i, part in enumerate(chapters[exp.name], 1)}
     out.mkdir(parents=True, exist_ok=True)
-    answers, first = claims.claims(experiments), experiments[0]
-    titles = {exp.name: exp.title for exp in experiments}
-    write_text(out / "claims.csv", answers.to_csv(index=False))
-    numbers = [f"## {exp.title}\n\n{markdown(worded(summary(exp.networks)))}" for exp in experiments]
-    write_text(out / "results.md", "\n".join(numbers))
+    answers, titles = claims.claims(experiments), {exp.name: exp.title for exp in experiments}
+    answers.to_csv(out / "claims.csv", index=False)
     hours = pd.concat({exp.name: computing_hours(exp) for exp in experiments}, names=["experiment"])
     hours.to_csv(out / "compute.csv", float_format="%.4g")
-    findings = {exp.name: [claims.finding(exp, method) for method in exp.settings.rankings] for exp in experiments}
-    spent = hours.sum(axis=1).groupby("hardware", sort=False).sum()
-    took = "; ".join(f"{each:.1f} on {name}" for name, each in spent.items())
-    write_text(out / "answer.md", _answer(experiments, findings, answers, took))
-    panels = [(exp.title, exp.networks, exp.dense) for exp in experiments]
-    about = " | ".join([f"{first.scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
-    figures.save(comparison_figures.hero(panels, about), out / "hero")
-    method = next(name for name in first.methods if METHODS[name].learned)
-    target, floor = min(first.settings.rankings[method].targets), first.settings.floor
-    ranking = first.ranking(method, 0)
-    about = f"{first.about} at {target:.0%} FLOPs · {METHODS[method].label}, first trial"
-    about += " · coloured below the cut: the layer is at its floor · logarithmic, but linear around zero"
-    figures.save(comparison_figures.idea(first.graph, first.norms, ranking, target, floor, method, about), out / "idea")
+    findings = {exp.name: _findings(exp) for exp in experiments}
+    write_text(out / "answer.md", _answer(experiments, findings, hours))
+    write_text(out / "results.md", "\n".join(_results(exp, answers) for exp in experiments))
+    pictures = _draw(experiments, answers, out)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("report.html.j2").render(
-        scale=first.scale,
-        digits=first.settings.data.name == "digits",
+        scale=experiments[0].scale,
+        digits=experiments[0].settings.data.name == "digits",
         titles=titles,
         findings=findings,
         claims=answers.groupby(["claim", "paper"], sort=False),
         places=places,
         hours=hours.assign(total=hours.sum(axis=1)).round(2),
-        pictures={name: _embedded((out / f"{name}.png").read_bytes()) for name in ("hero", "idea")},
-        cuts=json.dumps({exp.name: _cuts(exp) for exp in experiments}, separators=(",", ":")),
+        pictures=pictures,
+        cuts=json.dumps({exp.name: _cuts(exp) for exp in reversed(experiments)}, separators=(",", ":")),
         chapters=chapters,
     )
     write_text(out / "index.html", page)
 
 
-def _answer(experiments: list[Experiment], findings: dict[str, list[str]], answers: pd.DataFrame, took: str) -> str:
-    """What was found, the claims, and which runs they are of, in Markdown."""
-    scale, titles = experiments[0].scale, {exp.name: exp.title for exp in experiments}
+def _findings(exp: Experiment) -> list[str]:
+    """How the learned methods and the rule without a search came out."""
+    return [claims.finding(exp, name) for name in exp.methods if METHODS[name].learned or name == "norm-kept"]
+
+
+def _answer(experiments: list[Experiment], findings: dict[str, list[str]], hours: pd.DataFrame) -> str:
+    """What was found, and which runs it is of, in Markdown."""
+    titles = {exp.name: exp.title for exp in experiments}
     lines = [f"- **{titles[name]}:** {sentence}.\n" for name, each in findings.items() for sentence in each]
     runs = ". ".join(f"{exp.title}: {exp.effort.replace(' · ', ', ')}" for exp in experiments)
-    table = markdown(claims.linked(answers, titles, f"results/{scale}"))
+    spent = hours.sum(axis=1).groupby("hardware", sort=False).sum()
+    took = "; ".join(f"{each:.1f} on {name}" for name, each in spent.items())
+    return f"{''.join(lines)}\n`{experiments[0].scale}` scale. {runs}. Hours of computing: {took}.\n"
+
+
+def _results(exp: Experiment, answers: pd.DataFrame) -> str:
+    """Three tables of an experiment, in Markdown: methods compared, accuracy at every FLOP count, claims."""
+    judged, table = claims.comparisons(exp), accuracies(exp.networks)
     return "\n".join(
-        ["".join(lines), table, f"`{scale}` scale. {runs}. Hours of computing, summed over processes: {took}.\n"]
+        [
+            f"## {exp.title}\n",
+            markdown(judged),
+            f"Test accuracy by FLOPs left; the dense network has {exp.dense['accuracy']:.2%}.\n",
+            markdown(table),
+            markdown(claims.worded(answers[answers.experiment == exp.name])),
+        ]
     )
+
+
+def _draw(experiments: list[Experiment], answers: pd.DataFrame, out: Path) -> dict[str, str]:
+    """Draw hero, tiles and idea; returned as base64."""
+    panels = {f"{exp.title}\n{claims.headline(exp)}": claims.over_norm_only(exp) for exp in experiments}
+    about = " | ".join([f"{experiments[0].scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
+    stars = "dots: trials, bars: means, *: differs from norm-only (Holm) at one of the judged FLOP counts"
+    figures.save(comparison_figures.hero(panels, f"{about} | {stars}"), out / "hero")
+    networks = {exp.name: exp.title.partition(" on ")[0] for exp in experiments}
+    figures.save(comparison_figures.tiles(answers, networks, about), out / "tiles")
+    exp = experiments[-1]
+    method = next(name for name in exp.methods if METHODS[name].learned)
+    target = min(exp.settings.rankings[method].targets)
+    about = f"{exp.about} at {target:.0%} FLOPs · {METHODS[method].label}, first trial · block outputs are left out"
+    about += " · coloured below the cut: the layer is at its floor"
+    ranking = exp.ranking(method, 0)
+    figure = comparison_figures.idea(exp.graph, exp.norms, ranking, target, exp.settings.floor, method, about)
+    figures.save(figure, out / "idea")
+    return {name: _embedded((out / f"{name}.png").read_bytes()) for name in ("hero", "idea")}
 
 
 def _cuts(exp: Experiment) -> dict[str, Any]:
@@ -129,7 +147,7 @@ def _cuts(exp: Experiment) -> dict[str, Any]:
             "mflops": (rows.flops / 1e6).round(2).tolist(),
             "accuracy": (100 * rows.accuracy_recalibrated).round(2).tolist(),
             "widths": [list(map(int, widths.split())) for widths in rows.widths],
-            "tuned": [[round(f / 1e6, 2), round(100 * a, 2)] for f, a in tuned.itertuples(index=False)],
+            "tuned": [[target, round(f / 1e6, 2), round(100 * a, 2)] for target, f, a in tuned.itertuples()],
         }
     return {"title": exp.title, "dense": exp.graph.widths, "shares": cuts.share.unique().tolist(), "methods": methods}
 

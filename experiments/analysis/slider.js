@@ -33,19 +33,21 @@ function curves(run, own, at) {
   let drawn = "";
   for (const percent of [0, 25, 50, 75, 100]) {
     drawn += shape("path", { d: `M${left} ${y(percent)}h${width}`, stroke: "#9994" });
-    drawn += label(left - 6, y(percent) + 4, percent, "end") + label(x((percent / 100) * most), bottom + 20, `${percent}%`);
+    drawn += label(left - 6, y(percent) + 4, percent, "end");
   }
-  for (const each of Object.values(run.methods)) {
+  const counts = [...new Set([1, ...own.tuned.map(([target]) => target)])];
+  for (const count of counts) drawn += label(x(count * most), bottom + 20, `${Math.round(100 * count)}%`);
+  for (const each of [...Object.values(run.methods).filter((each) => each !== own), own]) {
     const d = each.mflops.map((mflops, i) => `${i ? "L" : "M"}${x(mflops).toFixed(1)} ${y(each.accuracy[i]).toFixed(1)}`);
     drawn += shape("path", { d: d.join(""), fill: "none", stroke: each.color, "stroke-width": each === own ? 3 : 1.5 });
-    for (const [mflops, accuracy] of each.tuned)
+    for (const [, mflops, accuracy] of each.tuned)
       drawn += shape("circle", { cx: x(mflops), cy: y(accuracy), r: 3.5, fill: each.color });
   }
   const now = { cx: x(own.mflops[at]), cy: y(own.accuracy[at]), r: 7, fill: own.color, stroke: "currentColor" };
   return drawn + shape("circle", now) + label(left + width / 2, bottom + 46, "accuracy (%) over FLOPs left");
 }
 
-let share = 0.5; // of the FLOPs; kept when the experiment changes
+let share = 0.7; // of the FLOPs; kept when the experiment changes
 
 function show(event) {
   const run = data[experiment.value], last = run.shares.length - 1;
@@ -59,10 +61,12 @@ function show(event) {
   svg.innerHTML = bars(run, own, at) + curves(run, own, at);
   const rows = Object.values(run.methods).map((each) => {
     const left = each.widths[at].reduce((sum, n) => sum + n, 0);
+    const tuned = each.tuned.find(([target]) => Math.abs(target - run.shares[at]) < 0.006);
     return `<tr><td><b style="color:${each.color}">■</b> ${each.label}</td><td>${each.mflops[at].toFixed(1)}</td>` +
-      `<td>${left}</td><td>${each.accuracy[at].toFixed(1)}</td></tr>`;
+      `<td>${left}</td><td>${each.accuracy[at].toFixed(1)}</td>` +
+      `<td>${tuned ? tuned[2].toFixed(1) : "–"}</td></tr>`;
   });
-  table.innerHTML = "<tr><th>method</th><th>MFLOPs</th><th>filters left</th><th>accuracy, recalibrated (%)</th></tr>" + rows.join("");
+  table.innerHTML = "<tr><th>method</th><th>MFLOPs</th><th>filters left</th><th>recalibrated only (%)</th><th>fine-tuned (%)</th></tr>" + rows.join("");
 }
 
 options(experiment, Object.entries(data).map(([name, run]) => [name, run.title]));

@@ -27,13 +27,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return means.sort_index(level="target", ascending=False, sort_remaining=False, kind="stable")
 
 
-def worded(summary: pd.DataFrame) -> pd.DataFrame:
-    """A summary with column names and labels for reading."""
-    names = {"mflops": "MFLOPs", "accuracy_before": "as pruned", "accuracy_recalibrated": "recalibrated"}
-    names |= {"accuracy": "fine-tuned", "accuracy_float32": "before rounding", "interval": "± 95%"}
-    shown = summary.round(2).astype(object).fillna("–").rename(columns=names)
-    labels = pd.MultiIndex.from_tuples([(f"{t:.0%}", METHODS[m].label) for t, m in shown.index])
-    return shown.set_index(labels.set_names(["FLOPs left", "method"]))
+def accuracies(table: pd.DataFrame) -> pd.DataFrame:
+    """Fine-tuned test accuracy in percent, mean and half of the 95% interval: methods by FLOPs left."""
+    groups = (100 * table.set_index(["method", "target"]).accuracy).groupby(level=[0, 1], sort=False)
+    cells = groups.agg(lambda a: f"{a.mean():.2f}" + (f" ± {interval(a):.2f}" if len(a) > 1 else ""))
+    wide = cells.unstack().sort_index(axis=1, ascending=False)
+    wide = wide.reindex([name for name in METHODS if name in wide.index])
+    return wide.rename(index={name: method.label for name, method in METHODS.items()}, columns="{:.0%}".format)
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -64,14 +64,6 @@ def shared_with_norm_only(exp: Experiment) -> pd.DataFrame:
     return pd.DataFrame(rows, index=[f"{target:.0%}" for target in targets]).T.rename_axis("method")
 
 
-def searches(exp: Experiment, path: Path) -> pd.DataFrame:
-    """The ablations' searches.csv; a method's search is not stopped after more evaluations than it has."""
-    table = pd.read_csv(path, dtype={"answer": str}).fillna({"question": ""})
-    most = {f"{method}: evaluations": ranking.search.evaluations for method, ranking in exp.settings.rankings.items()}
-    made = [q not in most or int(a) <= most[q] for q, a in zip(table.question, table.answer, strict=True)]
-    return table[made]
-
-
 def correlations(table: pd.DataFrame, fitness: Sequence[str]) -> pd.DataFrame:
     """How well each fitness predicts: Spearman's ρ with the accuracy, over all rankings and within each kind.
 
@@ -92,6 +84,15 @@ def correlations(table: pd.DataFrame, fitness: Sequence[str]) -> pd.DataFrame:
             row = {"target": target, "fitness": column, "rankings of": source, "count": count, "spearman": rho}
             rows.append(row | {"low": math.tanh(z - half), "high": math.tanh(z + half)})
     return pd.DataFrame(rows)
+
+
+def correlations_in_words(table: pd.DataFrame) -> pd.DataFrame:
+    """`correlations` for reading."""
+    rho = [f"{r.spearman:.2f} [{r.low:.2f}, {r.high:.2f}]".replace("-", "−") for r in table.itertuples()]
+    shown = table.assign(rho=rho, target=table.target.map("{:.0%}".format))
+    names = {"target": "FLOPs left", "rankings of": "over rankings of", "count": "rankings", "rho": "Spearman's ρ"}
+    index = ["FLOPs left", "fitness", "over rankings of"]
+    return shown.rename(columns=names).set_index(index)[["rankings", "Spearman's ρ"]]
 
 
 def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:
@@ -199,19 +200,19 @@ def computing_hours(exp: Experiment) -> pd.DataFrame:
     return wide.reindex(columns=["dense network", "searches", "fine-tuning", "cuts", "ablations"], fill_value=0)
 
 
-def beside_other_work(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
-    """Our networks, and those that are quoted, each with its own dense network; accuracies in percent."""
+def beside_other_work(exp: Experiment, table: pd.DataFrame, papers: pd.DataFrame) -> pd.DataFrame:
+    """Our networks, and those that are quoted (`papers`), each with its own dense network; accuracies in percent."""
     means = 100 * table.groupby(["target", "method"], sort=False).accuracy.mean()
-    rows = means.rename("accuracy_percent").reset_index()
-    rows["network"] = [f"{METHODS[method].label} ({exp.scale} scale)" for method in rows.method]
-    rows = rows.assign(dense_percent=100 * exp.dense["accuracy"], source="this run")
-    papers = papers_networks(exp)
-    if papers is not None:
-        rows = pd.concat([rows, papers.assign(target=papers.mflops / exp.dense["flops"] * 1e6)])
-    rows["drop"] = rows.dense_percent - rows.accuracy_percent
+    ours = means.rename("accuracy_percent").reset_index()
+    ours["network"] = [f"{METHODS[method].label} ({exp.scale} scale)" for method in ours.method]
+    ours = ours.assign(dense_percent=100 * exp.dense["accuracy"], source="this run")
+    rows = pd.concat([ours, papers.assign(target=papers.mflops / exp.dense["flops"] * 1e6)])
+    rows["change"] = rows.accuracy_percent - rows.dense_percent
     rows["FLOPs left"] = [f"{target:.0%}" for target in rows.target]
+    for column in ("dense_percent", "accuracy_percent", "change"):
+        rows[column] = [f"{value:{'+' if column == 'change' else ''}.2f}".replace("-", "−") for value in rows[column]]
     rows = rows.rename(columns={"dense_percent": "dense (%)", "accuracy_percent": "pruned (%)"})
-    return rows[["network", "FLOPs left", "dense (%)", "pruned (%)", "drop", "source"]]
+    return rows.set_index("network")[["FLOPs left", "dense (%)", "pruned (%)", "change", "source"]]
 
 
 def paper_changes(model: str) -> dict[float, float]:

@@ -1,7 +1,6 @@
 """The ablations: which fitness predicts a fine-tuned network's accuracy, and what else a search depends on."""
 
 import functools
-import itertools
 import statistics
 from typing import Any
 
@@ -101,11 +100,8 @@ def compare_fitness(exp: Experiment, ranking: legr.Ranking, target: float) -> di
 def searches_to_try(exp: Experiment) -> list[tuple[str, str, int]]:
     """The questions of the ablation, with their answers and the searches of each; norm-only belongs to all of them."""
     settings = exp.settings.ablations
-    each = [(*variant, trial) for variant in settings.variants for trial in range(settings.search.trials or 1)]
-    for method in exp.settings.rankings:
-        stopped = itertools.product(settings.evaluations, exp.trials(method))
-        each += [(f"{method}: evaluations", str(count), trial) for count, trial in stopped]
-    return [("", "norm", 0), *each]
+    trials = range(settings.search.trials or 1)
+    return [("", "norm", 0), *((*variant, trial) for variant in settings.variants for trial in trials)]
 
 
 def try_search(exp: Experiment, question: str, answer: str, trial: int) -> pd.DataFrame:
@@ -113,13 +109,11 @@ def try_search(exp: Experiment, question: str, answer: str, trial: int) -> pd.Da
     settings, seconds = exp.settings.ablations, 0.0
     if not question:
         ranking = legr.Ranking.norm_only(len(exp.norms))
-    elif variant := settings.variants.get((question, answer)):
+    else:
+        variant = settings.variants[question, answer]
         wanted = work.ranking_made_of(exp, variant, trial, False)
         record = measure(exp, wanted, lambda: _try(exp, variant, trial, f"{question}: {answer}, trial {trial}"))
         ranking, seconds = legr.Ranking(**record["ranking"]), record["seconds"]
-    else:
-        history, candidates = searched(exp, question.partition(":")[0], trial)
-        ranking, seconds = candidates[history.loss[: int(answer)].argmin()], float("nan")
     rows = []
     for target in exp.settings.targets:
         for seed, accuracy in zip(settings.seeds, accuracies_after_steps(exp, ranking, target), strict=True):

@@ -100,15 +100,17 @@ def test_a_verdict_is_that_of_the_mean_over_the_papers_counts(experiment, points
     values = [[100 * more(method, 0, trial) for trial in range(3)] for method in ("legr", "norm")]
     expected = ttest_ind(*values, equal_var=False).confidence_interval(0.95)
     assert (low, high) == pytest.approx((expected.low, expected.high))
-    assert claims.finding(exp).startswith(f"LeGR (the paper's fitness): {verdict} beside norm-only (")
+    phrase = {"ahead": "ahead of", "behind": "behind"}.get(verdict, "equal within 0.5 points to")
+    assert f" over 70 and 47% of the FLOPs; {phrase} norm-only (" in claims.finding(exp, "legr")
 
 
 def test_wide_intervals_are_open_and_trials_need_not_be_as_many(experiment):
     exp = experiment(lambda m, target, trial: 0.9 + 0.02 * (trial - 2) * (m == "legr"), more_trials={"legr": 5})
     assert verdicts(exp)[0][NORMS] == "open" and len(claims.endpoint(exp, "legr")) == 5
+    assert "no measurable difference from norm-only (" in claims.finding(exp, "legr")
     table = claims.comparisons(exp)
     assert table.trials.to_dict() == {METHODS[m].label: 5 if m == "legr" else 3 for m in exp.methods}
-    assert table.loc["norm-only", "over uniform"] == "+0.00 ± 0.00 (equal within 0.5)"
+    assert table.loc["norm-only", "minus uniform"] == "+0.00 ± 0.00 (equal within 0.5)"
 
 
 def test_single_counts_differ_by_holms_correction(experiment):
@@ -135,7 +137,7 @@ def test_one_trial_and_digits_give_no_verdict(experiment):
     exp = experiment(trials=1)
     verdict, evidence = verdicts(exp)
     assert verdict[NORMS] == "untested" and "±" not in evidence[NORMS]
-    assert claims.finding(exp).endswith("one trial, no verdict")
+    assert "no verdict against norm-only" in claims.finding(exp, "legr")
     assert set(verdicts(experiment(data="digits"))[0].values()) == {"untested"}
 
 
@@ -186,12 +188,13 @@ def test_the_cost_of_a_set_counts_in_every_trial(experiment, lowest, verdict):
     assert found["One search for a set costs less than a search per network"] == verdict
 
 
-def test_the_table_of_the_readme_leads_to_the_notebooks(experiment):
-    table = claims.linked(claims.claims([experiment()]), {"one": "ResNet-56 on CIFAR-10"}, "results/laptop")
-    assert table.index[0][0] == claims.CLAIMS[0].says
-    first, rule, *rows = tables.markdown(table).splitlines()
-    assert first == "| claim | paper | ResNet-56 on CIFAR-10 |" and rule == "| --- | --- | --- |"
-    assert len(rows) == len(claims.CLAIMS) and "(results/laptop/one/compare/notebook.ipynb)" in rows[0]
+def test_the_hero_says_in_its_title_what_it_shows(experiment):
+    exp = experiment(noisy(lambda method, _: 2 * (method == "legr-ours") - (method == "uniform")))
+    assert claims.headline(exp) == "LeGR, ours: ahead of norm-only and uniform"
+    points = claims.over_norm_only(exp)
+    assert set(points.method) == {"legr", "legr-ours", "uniform"} and points.category.iloc[0] == "70%"
+    ours = points[points.method == "legr-ours"]
+    assert ours.value.mean() == pytest.approx(2, abs=0.1) and ours.star.tolist() == [True] * 6 + [False] * 3
 
 
 def test_what_networks_share_with_norm_only_is_counted_over_both():

@@ -38,18 +38,24 @@ def prediction():
     columns = ["source", "as pruned", "tuned", "accuracy"]
     rows = pd.DataFrame([("norm", 1, 9.0, 0.8), ("legr", 2, 4.0, 0.7), ("random", 3, 3.0, 0.6)], columns=columns)
     table = pd.concat([rows.assign(target=t, deviation=0.01) for t in (0.7, 0.47)])
-    found = [{"target": t, "fitness": f, "spearman": -0.5} for t in (0.7, 0.47) for f in ("as pruned", "tuned")]
+    found = [{"target": 0.7, "fitness": name, "spearman": -0.5} for name in ("as pruned", "tuned")]
     return comparison_figures.prediction(table, pd.DataFrame(found), 50, "a caption")
 
 
 EPOCHS = {"epoch": [1, 2], "lr": [0.1, 0.02], "train_accuracy": [0.3, 0.6], "val_accuracy": 0.2, "seconds": [1.0, 2.0]}
 PAPERS = pd.DataFrame({"network": ["LeGR"], "mflops": [58.9], "accuracy_percent": [93.7], "source": ["paper"]})
+POINTS = pd.DataFrame({"category": ["70%", "47%"] * 2, "method": ["legr"] * 2 + ["uniform"] * 2, "value": [1, 2, 1, 1]})
+POINTS = POINTS.assign(star=POINTS.value == 2)
+VERDICTS = ["ahead", "behind", "equal within 0.5", "open", "untested", "reproduced", "partly", "not"]
+CLAIMS = pd.DataFrame({"claim": [f"claim {v}" for v in VERDICTS], "experiment": "one", "verdict": VERDICTS})
 DRAWN = {
     "training": lambda: figures.training(pd.DataFrame(EPOCHS), "a caption"),
     "weights as they are": lambda: figures.training(pd.DataFrame([{"epoch": 0, "val_accuracy": 0.9}]), "a caption"),
     "search of three trials": lambda: figures.search([history()] * 3, "legr-ours", 3, "a caption"),
     "tradeoff of three trials": tradeoff,
     "prediction of seeds": prediction,
+    "hero": lambda: comparison_figures.hero({"A network\nis ahead": POINTS}, "a caption"),
+    "tiles": lambda: comparison_figures.tiles(CLAIMS, {"one": "A network"}, "a caption"),
 }
 
 
@@ -64,11 +70,11 @@ def test_every_figure_is_drawn_and_carries_its_numbers(tmp_path, draw):
     assert "seconds" not in figure.data
 
 
-def test_intervals_are_drawn_where_there_are_several_trials():
+def test_every_trial_is_a_dot_where_it_was_measured():
     left, _ = tradeoff().axes
-    bars = [bar for curve in left.containers for bar in curve.lines[2][0].get_segments()]
-    height = 200 * interval(pd.Series([0.9, 0.89, 0.88]))
-    assert len(bars) == 4 and all(bar[1][1] - bar[0][1] == pytest.approx(height) for bar in bars)
+    dots = [line for line in left.lines if line.get_alpha() is not None]
+    assert [line.get_xdata().tolist() for line in dots] == [[70, 70, 70, 30, 30, 30]] * 2
+    assert dots[0].get_ydata().tolist() == pytest.approx([90, 89, 88] * 2)
 
 
 def test_widths_and_the_movie_show_what_is_kept(small, tmp_path):
