@@ -193,32 +193,45 @@ def one_ranking_serves(exp: Experiment) -> Answer:
     return verdict, f"by construction; {which} of {len(pairs)} networks is contained in the next larger one"
 
 
-def lowest_is_enough(exp: Experiment) -> Answer:
-    """The ranking learned at the lowest count, less one learned at the highest, at the judged targets."""
-    return _answers(exp, "targets", "learned at {}, minus learned at {}", lambda name: float(name.strip("%")) / 100)
+def answers_of_searches(exp: Experiment, searches: pd.DataFrame) -> dict[str, Answer]:
+    """Two claims by the ablations' searches: the extremes of their answers compared at the judged targets.
+
+    The ranking learned at the lowest count, less one learned at the highest; and the search by the fewest steps above
+    none, less one by the most.
+    """
+    judged = searches[searches.target.isin(judged_targets(exp))]
+    counts, steps = (judged[judged.question == question] for question in ("targets", "fitness.steps"))
+    single = counts[~counts.answer.str.contains(",")]
+    by_count = single.assign(place=single.answer.str.strip("%").astype(float))
+    by_steps = steps.assign(place=steps.answer.astype(float))
+    return {
+        "lowest": _extremes(exp, by_count, "learned at {}, minus learned at {}"),
+        "steps": _extremes(exp, by_steps[by_steps.place > 0], "{} steps minus {}"),
+    }
 
 
-def few_steps_are_enough(exp: Experiment) -> Answer:
-    """A search by the fewest steps above none, less one by the most."""
-    return _answers(exp, "fitness.steps", "{} steps minus {}", float, without_first=True)
-
-
-def _answers(
-    exp: Experiment, question: str, compared: str, order: Callable[[str], float], without_first: bool = False
-) -> Answer:
-    """The first answer to a question of the ablations less the last one: Welch's, over searches."""
-    table = pd.read_csv(exp.path("ablations/searches.csv"), dtype={"answer": str})
-    part = table[(table.question == question) & table.target.isin(judged_targets(exp))]
-    names = sorted((name for name in part.answer.unique() if "," not in name), key=order)[int(without_first) :]
-    if len(names) < 2:
+def _extremes(exp: Experiment, searches: pd.DataFrame, compared: str) -> Answer:
+    """The answer at the lowest `place` less that at the highest: Welch's, over searches."""
+    accuracies = 100 * searches.groupby(["place", "answer", "trial"]).accuracy.mean()
+    answers = [(name, group) for (_, name), group in accuracies.groupby(level=[0, 1])]
+    if len(answers) < 2:
         return "untested", ""
-    searches = 100 * part.groupby(["answer", "trial"]).accuracy.mean()
-    lead = welch(searches[names[0]], searches[names[-1]])
-    count = searches[names[0]].size
-    evidence = f"{compared.format(names[0], names[-1])}: {lead} points over {in_words(judged_targets(exp))}"
+    (low, least), (high, most) = answers[0], answers[-1]
+    lead, count = welch(least, most), len(least)
+    evidence = f"{compared.format(low, high)}: {lead} points over {in_words(judged_targets(exp))}"
     verdict = lead.verdict(margin(exp))
     verdict = {"ahead": "reproduced", "behind": "not", "untested": "open"}.get(verdict, verdict)
     return verdict, f"{evidence} ({count} search{'es' if count > 1 else ''} each)"
+
+
+def by_searches(claim: str) -> Callable[[Experiment], Answer]:
+    """One of `answers_of_searches`, from the ablations' results."""
+
+    def answer(exp: Experiment) -> Answer:
+        searches = pd.read_csv(exp.path("ablations/searches.csv"), dtype={"answer": str})
+        return answers_of_searches(exp, searches)[claim]
+
+    return answer
 
 
 def a_set_is_cheap(exp: Experiment) -> Answer:
@@ -321,14 +334,14 @@ CLAIMS = (
         paper="claimed; 20 to 80% hardly matters (not checked)",
         stage="ablations",
         needs=(),
-        answer=lowest_is_enough,
+        answer=by_searches("lowest"),
     ),
     Claim(
         says="A few steps τ̂ are enough for the fitness",
         paper="claimed",
         stage="ablations",
         needs=(),
-        answer=few_steps_are_enough,
+        answer=by_searches("steps"),
     ),
     Claim(
         says="One search for a set costs less than a search per network",
