@@ -13,7 +13,7 @@ from torch import nn
 import legr
 from experiments.data import datasets
 from experiments.methods import METHODS
-from experiments.settings import Settings, find_root, read_settings
+from experiments.settings import RankingSettings, Settings, find_root, read_settings
 from legr import models
 from legr.data import Dataset
 from legr.files import UserError, code_digest, read_json, tensors_digest
@@ -183,7 +183,8 @@ class Experiment:
     def effort(self) -> str:
         """Fine-tuning and trials."""
         trials = "1 trial" if self.settings.trials == 1 else f"{self.settings.trials} trials"
-        return f"fine-tuned {self.settings.finetune.recipe.epochs} epochs · {trials}"
+        epochs = self.settings.finetune.recipe.epochs
+        return f"fine-tuned {epochs} {'epoch' if epochs == 1 else 'epochs'} · {trials}"
 
     @property
     def caption(self) -> str:
@@ -204,6 +205,23 @@ def in_words(recipe: Recipe) -> str:
     words += [f"label smoothing {recipe.label_smoothing:g}"] if recipe.label_smoothing else []
     words += [f"moving average of weights, {recipe.ema:g} a step"] if recipe.ema else []
     return "; ".join(words)
+
+
+def judged_in_words(settings: RankingSettings) -> str:
+    """How a search judges its candidates, in one line."""
+    steps = f"{settings.fitness.steps} steps" if settings.fitness.steps else "no gradient step"
+    judged = f"judged at {', '.join(f'{target:.0%}' for target in settings.targets)} FLOPs after {steps}"
+    return f"{judged}, BatchNorm recalibrated" if settings.fitness.recalibration_images else judged
+
+
+def search_in_words(settings: RankingSettings, holdout: int) -> str:
+    """A search's settings; `holdout` is the number of held-out images."""
+    search, images = settings.search, settings.fitness.validation_images or holdout
+    start = "norm-only and its mutants" if settings.start else "random rankings"
+    return (
+        f"{search.evaluations} evaluations, a population of {search.population}, tournaments of {search.sample}, "
+        f"{start} to begin with; the fitness is the loss on {images} held-out images, {judged_in_words(settings)}"
+    )
 
 
 def open_experiment(

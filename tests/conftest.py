@@ -1,5 +1,6 @@
 """Small networks and data that most tests share. Everything runs in float32 on one thread count."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -81,12 +82,19 @@ def network(request):
     return settle(NETWORKS[request.param]())
 
 
-@pytest.fixture
-def small():
-    """A residual network with zero-pad shortcuts, and its graph."""
+@pytest.fixture(scope="session")
+def traced():
     torch.manual_seed(0)
     model = settle(CifarResNet(1))
     return model, legr.trace(model, torch.zeros(1, 3, 32, 32))
+
+
+@pytest.fixture
+def small(traced):
+    """A residual network with zero-pad shortcuts, which tests may change, and its graph."""
+    torch.manual_seed(0)
+    model, graph = traced
+    return copy.deepcopy(model), graph
 
 
 @pytest.fixture
@@ -96,11 +104,7 @@ def any_code(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def digits():
-    return load_digits()
-
-
-def load_digits() -> Dataset:
+def digits() -> Dataset:
     """scikit-learn's handwritten digits, 8×8 grey enlarged to 32×32×3; every fifth is a test image."""
     bunch = sklearn.datasets.load_digits()
     grey = torch.tensor(bunch.images, dtype=torch.float32)[:, None] * (255 / 16)

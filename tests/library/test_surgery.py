@@ -35,5 +35,6 @@ def test_a_pruned_network_is_pruned_again_and_another_is_not(small):
     assert (again.flops(), again.params()) == (graph.flops(kept), graph.params(kept))
     twice = legr.prune(once, again, legr.select(again, legr.filter_norms(once, again), 0.5))
     assert twice(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    model.linear = nn.Linear(64, 13)
     with pytest.raises(legr.UserError, match="model has other layers than the network that graph was traced from"):
-        legr.prune(nn.Conv2d(3, 3, 1), graph, kept)
+        legr.prune(model, graph, kept)
