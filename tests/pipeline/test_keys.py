@@ -6,7 +6,7 @@ import pytest
 
 from experiments.experiment import open_experiment
 from experiments.methods import METHODS
-from experiments.pipeline import work
+from experiments.pipeline import ablations, work
 from legr.files import digest, read_json, tensors_digest
 from tests.conftest import NAME, PHOTOS, PROJECT
 
@@ -22,6 +22,7 @@ def wanted_records(exp, inputs):
         for target, trial in product(exp.settings.targets, exp.trials(method)):
             kept = exp.select(method, target, trial)
             yield f"sets/{method}/{target}-{trial}.json", work.network_made_of(exp, kept, trial)
+    yield "ablations/ablations.json", ablations.ablations_made_of(exp)
 
 
 @pytest.mark.parametrize("name", [NAME, PHOTOS])
