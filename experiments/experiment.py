@@ -164,8 +164,8 @@ class Experiment:
     @functools.cached_property
     def cuts(self) -> pd.DataFrame:
         """What every method keeps at many FLOP counts, untrained: columns of `work.cut`, and method."""
-        parts = [pd.read_csv(self.path(f"sets/{method}/cuts.csv")).assign(method=method) for method in self.methods]
-        return pd.concat(parts, ignore_index=True)
+        curves = [pd.read_csv(self.path(f"sets/{method}/cuts.csv")).assign(method=method) for method in self.methods]
+        return pd.concat(curves, ignore_index=True)
 
     # For captions --------------------------------------------------------------------------
     @property

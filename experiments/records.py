@@ -32,14 +32,14 @@ def made_of(exp: Experiment, kind: str, settings: dict[str, Any], inputs: dict[s
 
     Args:
         kind: a name in `VERSIONS`.
-        settings: what `said` gives, and values of it by other names.
+        settings: what `as_written` gives, and values of it by other names.
         inputs: digests of what the result is made from.
     """
-    settings = settings | said(exp.settings, {"compute": {"precision"}})
+    settings = settings | as_written(exp.settings, {"compute": {"precision"}})
     return {"kind": kind, "version": VERSIONS[kind], "settings": settings, "inputs": inputs, "seed": seed}
 
 
-def said(settings: BaseModel, include: Any = None) -> dict[str, Any]:
+def as_written(settings: BaseModel, include: Any = None) -> dict[str, Any]:
     """Settings as params.yaml says them, without those that are as by default; `include` as pydantic takes it."""
     dumped = settings.model_dump(mode="json", exclude_defaults=True, include=include)
     return {name: value for name, value in dumped.items() if value != {}}

@@ -111,8 +111,8 @@ class AblationSettings(Section):
                 except (AttributeError, TypeError, ValidationError):
                     allowed = "it must be a value of a search's setting, such as fitness.steps"
                     raise ValueError(f"vary has {dotted}: {value!r}; {allowed}") from None
-                parts = value if isinstance(value, list | tuple) else [value]
-                answer = ", ".join(f"{part:.0%}" if isinstance(part, float) else str(part) for part in parts)
+                values = value if isinstance(value, list | tuple) else [value]
+                answer = ", ".join(f"{one:.0%}" if isinstance(one, float) else str(one) for one in values)
                 variants[dotted, answer] = variant
         return variants
 

@@ -173,11 +173,11 @@ def accuracy_is_kept(exp: Experiment) -> Answer:
     changes, table, epochs = paper_changes(exp.settings.model), exp.networks, exp.settings.finetune.recipe.epochs
     change = 100 * (table[table.method == "legr"].set_index("target").accuracy - exp.dense["accuracy"])
     groups = change.groupby("target")
-    parts, kept = [], []
+    changes_shown, kept = [], []
     for target in judged_targets(exp):
-        parts.append(f"{target:.0%} {groups.mean()[target]:+.2f}".replace("-", "−"))
+        changes_shown.append(f"{target:.0%} {groups.mean()[target]:+.2f}".replace("-", "−"))
         kept.append(groups.mean()[target] >= changes.get(target, 0) - margin(exp))
-    evidence = f"points, after {epochs} epochs: {', '.join(parts)}"
+    evidence = f"points, after {epochs} epochs: {', '.join(changes_shown)}"
     if exp.scale != "paper":
         return "untested", f"{evidence}; not judged: the paper trained longer"
     return ("reproduced" if all(kept) else "partly" if any(kept) else "not"), evidence
@@ -247,25 +247,25 @@ def a_set_is_cheap(exp: Experiment) -> Answer:
 
 def latency_falls(exp: Experiment) -> Answer:
     """At a batch size it holds if the median falls at every step from the dense network to the lowest judged target."""
-    times, holds, parts = pd.read_csv(exp.path("compare/latency.csv")), [], []
-    for batch, part in times[times.method.isin(["legr", "dense"])].groupby("batch"):
-        at_targets = part[part.target.isin([1, *judged_targets(exp)])].sort_values("target", ascending=False)
+    times, holds, ratios_shown = pd.read_csv(exp.path("compare/latency.csv")), [], []
+    for batch, measured in times[times.method.isin(["legr", "dense"])].groupby("batch"):
+        at_targets = measured[measured.target.isin([1, *judged_targets(exp)])].sort_values("target", ascending=False)
         holds.append(at_targets.latency_ms.is_monotonic_decreasing)
         ratios = (at_targets.latency_ms / at_targets.latency_ms.iloc[0]).iloc[1:]
         shown = ", ".join(f"{t:.0%} {ratio:.2f}" for t, ratio in zip(at_targets.target[1:], ratios, strict=True))
-        parts.append(f"batch {batch}: {shown}")
+        ratios_shown.append(f"batch {batch}: {shown}")
     verdict = "reproduced" if all(holds) else "partly" if any(holds) else "not"
-    return verdict, f"median time over the dense network's, first trial, {'; '.join(parts)}"
+    return verdict, f"median time over the dense network's, first trial, {'; '.join(ratios_shown)}"
 
 
 def _papers_drops() -> str:
     """The paper's changes of accuracy, of both networks."""
     names = {"resnet56": "ResNet-56", "mobilenet_v2": "MobileNetV2"}
-    parts = []
+    networks = []
     for model, name in names.items():
         changes = [f"{target:.0%} {change:+.3g}" for target, change in paper_changes(model).items()]
-        parts.append(f"{name}: {', '.join(changes)}".replace("-", "−"))
-    return "; ".join(parts).replace("ResNet−56", "ResNet-56")
+        networks.append(f"{name}: {', '.join(changes)}".replace("-", "−"))
+    return "; ".join(networks).replace("ResNet−56", "ResNet-56")
 
 
 @dataclass(frozen=True)

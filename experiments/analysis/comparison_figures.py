@@ -34,8 +34,8 @@ def idea(
         scores = rankings[name].scores(norms)
         kept = select(graph, scores, target, floor=floor)
         for number, place in enumerate(shown, 1):
-            part = pd.DataFrame({"layer": number, "score": scores[place].numpy(), "kept": kept[place].numpy()})
-            rows.append(part.assign(panel=name))
+            units = pd.DataFrame({"layer": number, "score": scores[place].numpy(), "kept": kept[place].numpy()})
+            rows.append(units.assign(panel=name))
         panel = pd.concat(rows[-len(shown) :])
         panel["rank"] = 100 * panel.score.rank(pct=True)
         for stays, color, label in ((True, COLORS[name], "stays"), (False, "#B8B8B8", "goes")):
@@ -66,10 +66,10 @@ def hero(panels: Mapping[str, pd.DataFrame], caption: str) -> Figure:
         ends = table[table.category == last].groupby("method").value.mean()
         _direct_labels(ax, pd.concat([ends, pd.Series({"norm": 0.0})]))
         methods, categories = list(table.method.unique()), list(table.category.unique())
-        for (category, method), part in table[table.star].groupby(["category", "method"]):
+        for (category, method), trials in table[table.star].groupby(["category", "method"]):
             x = categories.index(category) + 0.8 / len(methods) * (methods.index(method) - (len(methods) - 1) / 2)
             place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 14}
-            ax.annotate("*", (x, part.value.max()), color=COLORS[method], **place)
+            ax.annotate("*", (x, trials.value.max()), color=COLORS[method], **place)
         ax.set_xlabel("FLOPs left")
         ax.set_title(title, loc="left", fontsize=11)
     axes[0, 0].set_ylabel(f"points of test accuracy over {LABELS['norm']}")
@@ -150,11 +150,11 @@ def cost(table: pd.DataFrame, caption: str) -> Figure:
         table: columns method, networks, "one search", "a search each", ratio.
     """
     figure, (axes,) = new_figure(table, caption, 11, 4.4, columns=2)
-    for method, part in table.groupby("method"):
+    for method, costs in table.groupby("method"):
         style = {"color": COLORS[method], "marker": MARKERS[method], "ms": 6}
-        axes[0].plot(part.networks, part["one search"], label=f"{LABELS[method]}: one search for all", **style)
-        axes[0].plot(part.networks, part["a search each"], ls="--", label=f"{LABELS[method]}: a search each", **style)
-        axes[1].plot(part.networks, part.ratio, **style)
+        axes[0].plot(costs.networks, costs["one search"], label=f"{LABELS[method]}: one search for all", **style)
+        axes[0].plot(costs.networks, costs["a search each"], ls="--", label=f"{LABELS[method]}: a search each", **style)
+        axes[1].plot(costs.networks, costs.ratio, **style)
     axes[0].set(xlabel="networks in the set", ylabel="hours (search + fine-tuning)", ylim=(0, None))
     axes[1].set(xlabel="networks in the set", ylabel="a search each / one search", ylim=(0.9, None))
     return legend(figure, columns=2)
@@ -213,8 +213,8 @@ def order(table: pd.DataFrame, caption: str) -> Figure:
     targets = sorted(table.target.unique(), reverse=True)
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(targets)))
     for target, color in zip(targets, colors, strict=True):
-        part = table[table.target == target]
-        ax.plot(part.epoch, part.spearman, color=color, marker="o", ms=4, label=f"{target:.0%} FLOPs")
+        epochs = table[table.target == target]
+        ax.plot(epochs.epoch, epochs.spearman, color=color, marker="o", ms=4, label=f"{target:.0%} FLOPs")
     ax.axhline(0, color=PAPER, lw=1)
     ax.set(xlabel="epochs of fine-tuning", ylabel="ρ with the final test accuracy", ylim=(-1, 1.05))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -248,12 +248,12 @@ def latency(table: pd.DataFrame, caption: str) -> Figure:
     sizes = sorted(table.batch.unique())
     figure, axes = new_figure(table, caption, 5 * len(sizes), 4.6, columns=len(sizes))
     for ax, batch in zip(axes[0], sizes, strict=True):
-        part = table[table.batch == batch]
-        dense = part[part.method == "dense"].iloc[0]
+        times = table[table.batch == batch]
+        dense = times[times.method == "dense"].iloc[0]
         ax.plot([0, 1], [0, 1], color=PAPER, ls=":", lw=1.2, label="latency ∝ FLOPs")
         ax.plot(1, 1, "D", color=DENSE, label="dense")
-        low, y, high = (part[column] / dense.latency_ms for column in ("low_ms", "latency_ms", "high_ms"))
-        curves(ax, part.assign(x=part.flops / dense.flops, y=y, below=y - low, above=high - y))
+        low, y, high = (times[column] / dense.latency_ms for column in ("low_ms", "latency_ms", "high_ms"))
+        curves(ax, times.assign(x=times.flops / dense.flops, y=y, below=y - low, above=high - y))
         ax.set(xlabel="FLOPs / dense", ylabel="latency / dense", xlim=(0, 1.05), ylim=(0, None))
         ax.set_title(f"batch {batch} (dense: {dense.latency_ms:.1f} ms)")
     return legend(figure)

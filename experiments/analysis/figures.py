@@ -66,17 +66,17 @@ def legend(figure: Figure, columns: int = 3) -> Figure:
 def curves(ax: Axes, points: pd.DataFrame) -> None:
     """A curve for each method; `points`: columns method, x, y, and the lengths `below` and `above` of error bars."""
     for name in (name for name in METHODS if name in set(points.method)):
-        part = points[points.method == name].sort_values("x")
+        shown = points[points.method == name].sort_values("x")
         style = {"color": COLORS[name], "marker": MARKERS[name], "label": LABELS[name]}
-        ax.errorbar(part.x, part.y, (part.below, part.above), lw=1.6, ms=6, capsize=2.5, **style)
+        ax.errorbar(shown.x, shown.y, (shown.below, shown.above), lw=1.6, ms=6, capsize=2.5, **style)
 
 
 def trials(ax: Axes, points: pd.DataFrame, joined: bool = True) -> None:
     """A dot for each trial, and a line through the means of each method; `points`: columns method, target, x, y."""
     for name in (name for name in METHODS if name in set(points.method)):
-        part = points[points.method == name]
-        ax.plot(part.x, part.y, "o", ms=4, alpha=0.45, mew=0, color=COLORS[name])
-        means = part.groupby("target")[["x", "y"]].mean()
+        shown = points[points.method == name]
+        ax.plot(shown.x, shown.y, "o", ms=4, alpha=0.45, mew=0, color=COLORS[name])
+        means = shown.groupby("target")[["x", "y"]].mean()
         style = {"color": COLORS[name], "marker": MARKERS[name], "label": LABELS[name], "ls": "-" if joined else ""}
         ax.plot(means.x, means.y, lw=1.6, ms=6, **style)
 
@@ -89,10 +89,10 @@ def dots(ax: Axes, values: pd.DataFrame) -> None:
     """
     categories, methods = (list(values[column].unique()) for column in ("category", "method"))
     width = 0.8 / len(methods)
-    for (category, method), part in values.groupby(["category", "method"], sort=False):
+    for (category, method), shown in values.groupby(["category", "method"], sort=False):
         x = categories.index(category) + width * (methods.index(method) - (len(methods) - 1) / 2)
-        ax.plot([x] * len(part), part.value, "o", ms=5, alpha=0.55, mew=0, color=COLORS[method])
-        ax.hlines(part.value.mean(), x - 0.4 * width, x + 0.4 * width, color=COLORS[method], lw=3)
+        ax.plot([x] * len(shown), shown.value, "o", ms=5, alpha=0.55, mew=0, color=COLORS[method])
+        ax.hlines(shown.value.mean(), x - 0.4 * width, x + 0.4 * width, color=COLORS[method], lw=3)
     ax.set_xticks(range(len(categories)), categories)
     ax.set_xlim(-0.5, len(categories) - 0.5)
     ax.grid(visible=False, axis="x")

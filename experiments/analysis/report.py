@@ -61,7 +61,7 @@ def _build(experiments: list[Experiment], out: Path) -> None:
         if not notebooks:
             raise UserError(f"results folder {exp.folder} has no executed notebooks; run the pipeline (dvc repro)")
         chapters[exp.name] = [_chapter(exporter, path, exp.folder) for path in notebooks]
-        places |= {(exp.name, part["stage"]): f"{exp.name}-{i}" for i, part in enumerate(chapters[exp.name], 1)}
+        places |= {(exp.name, chapter["stage"]): f"{exp.name}-{i}" for i, chapter in enumerate(chapters[exp.name], 1)}
     out.mkdir(parents=True, exist_ok=True)
     answers, titles = claims.claims(experiments), {exp.name: exp.title for exp in experiments}
     answers.to_csv(out / "claims.csv", index=False)
@@ -96,10 +96,16 @@ def _answer(experiments: list[Experiment], findings: dict[str, list[str]], hours
     """What was found, and which runs it is of, in Markdown."""
     titles = {exp.name: exp.title for exp in experiments}
     lines = [f"- **{titles[name]}:** {sentence}.\n" for name, each in findings.items() for sentence in each]
+    means = {}
+    for exp in experiments:
+        column = claims.comparisons(exp).filter(like="mean over").squeeze("columns")
+        dense = pd.Series({"dense": f"{exp.dense['accuracy']:.2%}".rstrip("%")})
+        means[f"{exp.title}, {column.name}"] = pd.concat([dense, column])
     runs = ". ".join(f"{exp.title}: {exp.effort.replace(' · ', ', ')}" for exp in experiments)
     spent = hours.sum(axis=1).groupby("hardware", sort=False).sum()
     took = "; ".join(f"{each:.1f} on {name}" for name, each in spent.items())
-    return f"{''.join(lines)}\n`{experiments[0].scale}` scale. {runs}. Hours of computing: {took}.\n"
+    table = markdown(pd.DataFrame(means).T.rename_axis("test accuracy"))
+    return f"{''.join(lines)}\n{table}\n`{experiments[0].scale}` scale. {runs}. Hours of computing: {took}.\n"
 
 
 def _results(exp: Experiment, answers: pd.DataFrame) -> str:

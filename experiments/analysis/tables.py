@@ -75,9 +75,9 @@ def correlations(table: pd.DataFrame, fitness: Sequence[str]) -> pd.DataFrame:
         fitness: its columns to look at.
     """
     rows = []
-    for (target, part), column in itertools.product(table.groupby("target"), fitness):
-        kinds = [(source, rankings) for source, rankings in part.groupby("source") if len(rankings) >= 4]
-        for source, rankings in [("all", part), *kinds]:
+    for (target, rows_of_target), column in itertools.product(table.groupby("target"), fitness):
+        kinds = [(source, rankings) for source, rankings in rows_of_target.groupby("source") if len(rankings) >= 4]
+        for source, rankings in [("all", rows_of_target), *kinds]:
             rho, count = rankings[[column, "accuracy"]].corr("spearman").iloc[0, 1], len(rankings)
             z = math.atanh(0.999 * rho)
             half = 1.96 * math.sqrt((1 + rho**2 / 2) / (count - 3)) if count > 3 else math.nan
@@ -137,11 +137,11 @@ def blocks_kept(exp: Experiment, networks: Mapping[str, Sequence[Sequence[Tensor
 
 def tuning_curves(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """Held-out accuracy of every network of `table` over epochs; epoch 0 is the network as pruned."""
-    parts = []
+    curves = []
     for row in table.itertuples():
         curve = pd.read_csv(exp.path(f"sets/{row.method}/{row.target}-{row.trial}.csv"))
-        parts.append(curve.assign(method=row.method, target=row.target, trial=row.trial))
-    return pd.concat(parts, ignore_index=True)
+        curves.append(curve.assign(method=row.method, target=row.target, trial=row.trial))
+    return pd.concat(curves, ignore_index=True)
 
 
 def order_by_epoch(curves: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
@@ -153,8 +153,8 @@ def order_by_epoch(curves: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     keys = ["method", "target", "trial"]
     both = curves.merge(table[[*keys, "accuracy"]], on=keys)
     rows = []
-    for (target, epoch), part in both.groupby(["target", "epoch"]):
-        rows.append((target, epoch, len(part), part.val_accuracy.corr(part.accuracy, "spearman")))
+    for (target, epoch), networks in both.groupby(["target", "epoch"]):
+        rows.append((target, epoch, len(networks), networks.val_accuracy.corr(networks.accuracy, "spearman")))
     return pd.DataFrame(rows, columns=["target", "epoch", "networks", "spearman"])
 
 
@@ -182,21 +182,21 @@ def set_cost(exp: Experiment, table: pd.DataFrame) -> pd.DataFrame:
 
 def computing_hours(exp: Experiment) -> pd.DataFrame:
     """Hours of computing behind an experiment's results: a row for each hardware, a column for what they went into."""
-    parts = {"dense network": ["dense/dense.json"], "searches": ["rankings/*/record-*.json"]}
-    parts |= {"fine-tuning": [f"sets/*/{target}-*.json" for target in exp.settings.targets]}
-    parts["ablations"] = ["ablations/ablations.json"]
+    work = {"dense network": ["dense/dense.json"], "searches": ["rankings/*/record-*.json"]}
+    work |= {"fine-tuning": [f"sets/*/{target}-*.json" for target in exp.settings.targets]}
+    work["ablations"] = ["ablations/ablations.json"]
     records = [
-        (part, read_json(path, "record of a result"))
-        for part, names in parts.items()
+        (kind, read_json(path, "record of a result"))
+        for kind, names in work.items()
         for name in names
         for path in exp.folder.glob(name)
     ]
     records += [("cuts", record) for folder in exp.folder.glob("sets/*") for record in measurements(folder)]
     rows = []
-    for part, record in records:
+    for kind, record in records:
         made = f"{record['hardware']}, {record['precision']}, PyTorch {record['torch']}"
-        rows.append({"hardware": made, "part": part, "hours": record["seconds"] / 3600})
-    wide = pd.DataFrame(rows).pivot_table("hours", "hardware", "part", "sum", fill_value=0, sort=False)
+        rows.append({"hardware": made, "kind": kind, "hours": record["seconds"] / 3600})
+    wide = pd.DataFrame(rows).pivot_table("hours", "hardware", "kind", "sum", fill_value=0, sort=False)
     return wide.reindex(columns=["dense network", "searches", "fine-tuning", "cuts", "ablations"], fill_value=0)
 
 

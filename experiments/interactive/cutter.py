@@ -20,6 +20,7 @@ from legr.files import UserError, digest
 from legr.search import norm_deviations
 from legr.training import predict, recalibrate
 
+REACH = 10.0, 3.0  # the strongest tilt: α times or divided by, and κ plus or minus so many deviations
 RECALIBRATED, TUNED = "accuracy, BatchNorm recalibrated (%)", "accuracy, fine-tuned (%)"
 
 
@@ -52,7 +53,7 @@ class Cutter:
     """
 
     def __init__(self, exp: Experiment):
-        self.exp, self.graph, self._judged = exp, exp.graph, {}
+        self.exp, self.graph, self._judged, self._reach = exp, exp.graph, {}, {}
         try:
             self.cuts = exp.cuts
             self.table, self.times = (pd.read_csv(exp.path(f"compare/{name}.csv")) for name in ("tradeoff", "latency"))
@@ -63,7 +64,9 @@ class Cutter:
 
     def _curves(self, method: str) -> dict[str, pd.Series]:
         """What was measured of a method's networks, over their FLOPs."""
-        times, cuts, table = (part[part.method.isin([method, "dense"])] for part in (self.times, self.cuts, self.table))
+        times, cuts, table = (
+            table[table.method.isin([method, "dense"])] for table in (self.times, self.cuts, self.table)
+        )
         batch = times.batch.max()
         tuned = table.groupby("target")[["flops", "accuracy"]].mean().set_index("flops").accuracy  # over trials
         tuned[self.graph.flops()] = self.exp.dense["accuracy"]
@@ -108,6 +111,18 @@ class Cutter:
             numbers |= {RECALIBRATED: np.nan, TUNED: np.nan}  # measured of the ranking as it is
         return Cut(method, target, ranking, kept, [int(mask.sum()) for mask in kept], numbers)
 
+    def reach(self, method: str, target: float) -> list[int]:
+        """For each layer by how many filters its width differs between the strongest tilts, up and down; remembered."""
+        if (method, target) not in self._reach:
+            scale, shift = REACH
+            self._reach[method, target] = [
+                0 if METHODS[method].uniform else
+                self.cut(method, target, {layer: Tilt(scale, shift)}).widths[layer]
+                - self.cut(method, target, {layer: Tilt(1 / scale, -shift)}).widths[layer]
+                for layer in range(len(self.graph.layers))
+            ]  # fmt: skip
+        return self._reach[method, target]
+
     @functools.cached_property
     def samples(self) -> samples.Samples:
         """The images to judge on, on the device."""
@@ -144,6 +159,6 @@ class Cutter:
         about["training"] = f"none; BatchNorm re-estimated from {len(self.samples.train)} training images"
         small = self.network(cut.kept).cpu().to(memory_format=torch.contiguous_format)
         inputs = next(self.samples.test[:2].batches(2))[0].cpu().contiguous()
-        name = f"{exp.scale}-{exp.name}-{cut.method}-{cut.target:.0%}-{digest(about)[:6]}"
+        name = f"{exp.scale}-{exp.name}-{cut.method}-{cut.target:g}-{digest(about)[:6]}"
         paths = export.write(small, about, inputs, exp.root / "playground/saved" / name)
         return [path.relative_to(exp.root).as_posix() for path in paths]

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import math
 
 import ipywidgets as widgets
 import pandas as pd
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.analysis.figures import COLORS, LABELS, MARKERS, bars
 from experiments.experiment import Experiment
-from experiments.interactive.cutter import RECALIBRATED, TUNED, Cutter, Tilt
+from experiments.interactive.cutter import REACH, RECALIBRATED, TUNED, Cutter, Tilt
 from experiments.methods import DENSE, METHODS
 from experiments.stats import paired
 from legr.files import UserError
@@ -43,19 +44,27 @@ class Explorer(widgets.VBox):
         if not lowest <= target <= 1:
             raise UserError(f"target is {target}; it must be from {lowest} to 1, between which networks were measured")
         methods = [(LABELS[name], name) for name in exp.methods]
-        layers = [(f"{i + 1}: {layer.name} ({layer.width})", i) for i, layer in enumerate(exp.graph.layers)]
-        third, half, whole = ({"layout": widgets.Layout(width=width)} for width in ("32%", "48.5%", "98%"))
+        third, half, whole = (
+            {"layout": widgets.Layout(width=width), "style": {"description_width": "6.5em"}}
+            for width in ("38%", "48.5%", "98%")
+        )
         self.method = widgets.Dropdown(options=methods, value=method, description="method", **third)
         self.beside = widgets.Dropdown(options=[("nothing", None), *methods], description="beside it", **third)
         self.beside.value = "norm" if "norm" in exp.methods else None
         self.target = widgets.FloatSlider(target, min=lowest, max=1, step=0.01, description="FLOPs left", **whole)
         self.target.readout_format = ".0%"
-        self.layer = widgets.Dropdown(options=layers, value=0, description="tilt layer", **third)
+        reach = self.cutter.reach(method, target)
+        self.layer = widgets.Dropdown(
+            options=range(len(reach)), value=reach.index(max(reach)), description="tilt layer", **third
+        )
         half["continuous_update"] = False  # a tilt is one change, when the mouse lets go
-        self.scale = widgets.FloatLogSlider(1, min=-1, max=1, step=0.05, description="its α ×", **half)
-        self.shift = widgets.FloatSlider(0, min=-3, max=3, step=0.1, description="its κ + s ×", **half)
+        scale, shift = math.log10(REACH[0]), REACH[1]
+        self.scale = widgets.FloatLogSlider(1, min=-scale, max=scale, step=0.05, description="α times", **half)
+        self.shift = widgets.FloatSlider(0, min=-shift, max=shift, step=0.1, description="κ plus s times", **half)
         self.reset = widgets.Button(description="reset tilts")
         self.save, self.saved = widgets.Button(description="save network"), widgets.HTML()
+        for button in (self.reset, self.save):
+            button.layout = widgets.Layout(width="max-content", flex="none")
         self.image = widgets.Image(layout=widgets.Layout(width=f"{WIDTH}px", max_width="100%"))
         self.changes, self.numbers, self.verdict = (widgets.HTML() for _ in range(3))
         rows = (
@@ -66,16 +75,33 @@ class Explorer(widgets.VBox):
 
         for control in (self.method, self.beside, self.target):
             control.observe(self._change, "value")
-        self.layer.observe(self._show_tilt, "value")
+        self.layer.observe(self._choose, "value")
         for control in (self.scale, self.shift):
             control.observe(self._tilt, "value")
         self.reset.on_click(self._reset)
         self.save.on_click(self._save)
         self._cut()
         self._judge()
+        self._offer_layers()
+
+    def _offer_layers(self) -> None:
+        """Name the layers to choose from; those that no tilt can move at this cut are marked."""
+        method, chosen = self.method.value, self.layer.value
+        reach = self.cutter.reach(method, self.target.value)
+        self.layer.unobserve(self._choose, "value")
+        self.layer.options = [
+            (f"{i + 1}: {layer.name} ({layer.width}{'' if reach[i] else ', can not move here'})", i)
+            for i, layer in enumerate(self.cutter.graph.layers)
+        ]
+        self.layer.value = chosen
+        self.layer.observe(self._choose, "value")
 
     # What the reader does --------------------------------------------------------------------
-    def _show_tilt(self, _=None) -> None:
+    def _choose(self, _) -> None:
+        self._show_tilt()
+        self._show()
+
+    def _show_tilt(self) -> None:
         """Set the sliders to the tilt of the layer that is chosen, which is no change of the reader's."""
         tilt = self.tilts.get(self.layer.value, Tilt())
         for control, value in ((self.scale, tilt.scale), (self.shift, tilt.shift)):
@@ -111,6 +137,9 @@ class Explorer(widgets.VBox):
             with contextlib.suppress(UserError):  # which `_judge` shows
                 await asyncio.to_thread(self.cutter.judge, cut.kept)
         self._judge()
+        with contextlib.suppress(UserError):
+            await asyncio.to_thread(self.cutter.reach, self.method.value, self.target.value)
+            self._offer_layers()
 
     def _save(self, _) -> None:
         self.saved.value = "saving …"
@@ -144,7 +173,7 @@ class Explorer(widgets.VBox):
         except UserError as error:
             self.numbers.value, self.verdict.value, self.save.disabled = f"<b>{error}</b>", "", True
             return False
-        numbers = pd.Series(self.shown.numbers).map("{:,.2f}".format).replace("nan", "–")
+        numbers = pd.Series(self.shown.numbers).drop(RECALIBRATED).map("{:,.2f}".format).replace("nan", "–")
         self.numbers.value = " · ".join(f"{name}: <b>{number}</b>" for name, number in numbers.items())
         self.save.disabled = False
         self._show()
@@ -166,8 +195,9 @@ class Explorer(widgets.VBox):
             self._draw_what_stays()
         for artist in self.moving:
             artist.remove()
-        for bar, width in zip(self.bars, self.shown.widths, strict=True):
+        for layer, (bar, width) in enumerate(zip(self.bars, self.shown.widths, strict=True)):
             bar.set_height(width)
+            bar.set(ec=DENSE, lw=1.2 if layer == self.layer.value and not METHODS[self.drawn].uniform else 0)
         (left, right), plain = self.figure.axes, self.untilted
         layers, x, y = range(1, len(plain.widths) + 1), plain.numbers["MFLOPs"], plain.numbers[RECALIBRATED]
         style = {"color": COLORS[plain.method], "mec": DENSE, "mew": 1.8, "ms": 11}

@@ -35,12 +35,12 @@ def _file(exp: Experiment) -> Path:
 def write(exp: Experiment) -> None:
     """Write images chosen at random by a fixed seed, as pictures; large ones are lossy."""
     pictures = {}
-    for part, images, count in (("test", exp.data.test, TEST), ("train", exp.data.fit, TRAIN)):
+    for kind, images, count in (("test", exp.data.test, TEST), ("train", exp.data.fit, TRAIN)):
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
         sample = images[chosen].load()
         in_colour = sample.pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # WebP has no grey
         for i, (pixels, label) in enumerate(zip(in_colour, sample.labels.tolist(), strict=True)):
-            pictures[f"{part}/{i:03}-{label}.webp"] = Image.fromarray(pixels)
+            pictures[f"{kind}/{i:03}-{label}.webp"] = Image.fromarray(pixels)
     quality = next(quality for side, quality in QUALITY.items() if max(exp.data.test.shape) <= side)
     options = {"lossless": True} if quality == "lossless" else {"quality": quality}
     file = io.BytesIO()
@@ -68,9 +68,9 @@ def read(exp: Experiment) -> Samples:
                 pixels.append(torch.from_numpy(np.atleast_3d(picture).copy()).permute(2, 0, 1))
                 labels.append(int(Path(name).stem.partition("-")[2]))
             quality = archive.comment.decode()
-        parts = [[torch.stack(pixels), torch.tensor(labels)] for pixels, labels in pictures.values()]
+        samples = [[torch.stack(pixels), torch.tensor(labels)] for pixels, labels in pictures.values()]
     except FileNotFoundError:
         raise UserError(f"images {path} do not exist; run the explore stage (dvc repro)") from None
     except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         raise UserError(f"images {path} can't be read ({error}); run the explore stage (dvc repro)") from None
-    return Samples(*(Images(*part, normalization=settings.normalization) for part in parts), quality)
+    return Samples(*(Images(*sample, normalization=settings.normalization) for sample in samples), quality)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import legr
 from experiments.experiment import Experiment
 from experiments.pipeline import jobs, work
-from experiments.records import PACKED, made_of, masks_digest, measure, measurements, once, pack, said
+from experiments.records import PACKED, as_written, made_of, masks_digest, measure, measurements, once, pack
 from experiments.settings import RankingSettings
 from legr.files import digest, write_text
 from legr.fitness import Fitness, FitnessSettings, Masks
@@ -32,7 +32,7 @@ def _fitness_on_test_images(exp: Experiment, settings: FitnessSettings, target: 
 def fitness_made_of(exp: Experiment, what: str, settings: FitnessSettings, kept: Masks, seed: int) -> dict[str, Any]:
     """`what` is measured: a loss on held-out images, or an accuracy on test images."""
     inputs = exp.inputs | {"masks": masks_digest(kept)}
-    settings = {"what": what, "fitness": said(settings)} | said(exp.settings, work.AUGMENTATION)
+    settings = {"what": what, "fitness": as_written(settings)} | as_written(exp.settings, work.AUGMENTATION)
     return made_of(exp, "measurement", settings, inputs, seed)
 
 
@@ -65,7 +65,7 @@ def accuracies_after_steps(exp: Experiment, ranking: legr.Ranking, target: float
 def ablations_made_of(exp: Experiment) -> dict[str, Any]:
     candidates = [searched(exp, method)[1] for method in exp.settings.rankings]
     inputs = exp.inputs | {"candidates": digest([list(map(vars, each)) for each in candidates])}
-    settings = said(exp.settings, {"ablations": True, "floor": True, "targets": True} | work.AUGMENTATION)
+    settings = as_written(exp.settings, {"ablations": True, "floor": True, "targets": True} | work.AUGMENTATION)
     return made_of(exp, "measurement", settings, inputs)
 
 

@@ -59,13 +59,15 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
             what = f"{error.ename}: {error.evalue}"
             raise StageFailed(f"notebook {NOTEBOOKS[kind]} failed in cell {error.exec_count}: {what}") from None
         # What differs from run to run and is no result goes: progress bars, times, kernel details.
-        notebook = nbformat.read(part / "notebook.ipynb", as_version=4)
+        notebook, upwards = nbformat.read(part / "notebook.ipynb", as_version=4), "../" * (3 + len(stage.split("/")))
         notebook.metadata = {"kernelspec": notebook.metadata.kernelspec}
         for number, cell in enumerate(notebook.cells):
             cell.id = f"cell-{number}"
             cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
             if cell.cell_type == "code":
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            else:  # links lead to the same files from the stage's folder
+                cell.source = cell.source.replace("](../", f"]({upwards}")
         nbformat.write(notebook, part / "notebook.ipynb")
 
 

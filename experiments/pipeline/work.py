@@ -21,7 +21,7 @@ from experiments.experiment import Experiment
 from experiments.methods import METHODS
 from experiments.pipeline import jobs
 from experiments.pipeline.jobs import progress
-from experiments.records import hardware, made_of, masks_digest, measure, once, pack, said
+from experiments.records import as_written, hardware, made_of, masks_digest, measure, once, pack
 from experiments.settings import RankingSettings
 from legr import latency, models, training
 from legr.files import UserError, atomic, read_json, tensors_digest, write_text
@@ -33,7 +33,7 @@ AUGMENTATION = {"data": {"augmentation"}}  # what is trained depends on it
 def dense_made_of(exp: Experiment, images: str, weights: str | None) -> dict[str, Any]:
     """`images` and `weights` are digests; None: from random weights."""
     inputs = {"images": images} | ({"weights": weights} if weights else {})
-    settings = said(exp.settings, {"model": True, "dense": {"rescale", "recipes"}} | AUGMENTATION)
+    settings = as_written(exp.settings, {"model": True, "dense": {"rescale", "recipes"}} | AUGMENTATION)
     return made_of(exp, "dense", settings, inputs, exp.settings.dense.seed)
 
 
@@ -88,8 +88,8 @@ def _train_dense(exp: Experiment) -> dict[str, Any]:
 def ranking_made_of(exp: Experiment, settings: RankingSettings, trial: int, keep: bool) -> dict[str, Any]:
     """A search's seed is the trial's number. `keep`: see `Method`."""
     search = settings.search.model_copy(update={"seed": 0})
-    ranking = said(settings.model_copy(update={"search": search, "trials": None}))
-    others = said(exp.settings, {"floor": True} | AUGMENTATION) | ({"keep": True} if keep else {})
+    ranking = as_written(settings.model_copy(update={"search": search, "trials": None}))
+    others = as_written(exp.settings, {"floor": True} | AUGMENTATION) | ({"keep": True} if keep else {})
     return made_of(exp, "ranking", {"ranking": ranking} | others, exp.inputs, trial)
 
 
@@ -139,7 +139,7 @@ def search(
 def network_made_of(exp: Experiment, kept: Masks, trial: int) -> dict[str, Any]:
     """A fine-tuning's seed is the trial's number. How the masks were found makes no difference."""
     inputs = exp.inputs | {"masks": masks_digest(kept)}
-    return made_of(exp, "network", said(exp.settings, {"finetune": True} | AUGMENTATION), inputs, trial)
+    return made_of(exp, "network", as_written(exp.settings, {"finetune": True} | AUGMENTATION), inputs, trial)
 
 
 def train_network(exp: Experiment, method: str, target: float, trial: int) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def cut_everywhere(exp: Experiment, method: str) -> None:
 
 
 def cut_made_of(exp: Experiment, kept: Masks) -> dict[str, Any]:
-    settings = said(exp.settings, {"cuts": {"test_images"}, "finetune": {"recalibration_images"}})
+    settings = as_written(exp.settings, {"cuts": {"test_images"}, "finetune": {"recalibration_images"}})
     return made_of(exp, "cuts", settings, exp.inputs | {"masks": masks_digest(kept)})
 
 
@@ -239,6 +239,6 @@ def latencies(exp: Experiment) -> pd.DataFrame:
 
 def latency_made_of(exp: Experiment, masks: dict[str, str]) -> dict[str, Any]:
     """Times depend on the hardware, and on the precision that it chooses."""
-    settings = said(exp.settings, {"model": True, "latency": True, "data": {"channels", "resolution"}})
+    settings = as_written(exp.settings, {"model": True, "latency": True, "data": {"channels", "resolution"}})
     settings |= {"hardware": hardware(exp), "computed in": exp.compute.precision}
     return made_of(exp, "measurement", settings, {"masks": masks})
