@@ -21,33 +21,45 @@ QUESTIONS = {"targets": "FLOPs at which the search judges", "fitness.steps": "gr
 def idea(
     graph: Graph, norms: Sequence[Tensor], ranking: Ranking, target: float, floor: float, method: str, caption: str
 ) -> Figure:
-    """The idea of a learned ranking: where each filter stands among all, by norms alone and by Eq. 1, and one cut.
+    """The idea of a learned ranking: the place of each filter among all, by norms alone and by Eq. 1, and one cut.
 
-    Layers whose output nothing activates are left out: their filters are summed over several layers.
+    Filters that go together (a unit) are one dot, in the first of their layers. Layers whose output nothing activates
+    are left out: their units reach over many layers.
     """
     figure, axes = new_figure(pd.DataFrame(), caption, 11, 4.6, columns=2)
-    shown = [place for place, layer in enumerate(graph.layers) if layer.name not in graph.unactivated]
     titles = {"norm": "by norms alone: $\\Vert\\Theta_i\\Vert^2$"}
     titles[method] = "learned (Eq. 1): $\\alpha_l\\Vert\\Theta_i\\Vert^2+\\kappa_l$"
-    rankings, rows = {"norm": Ranking.norm_only(len(norms)), method: ranking}, []
+    rankings, panels = {"norm": Ranking.norm_only(len(norms)), method: ranking}, []
     for ax, (name, title) in zip(axes[0], titles.items(), strict=True):
         scores = rankings[name].scores(norms)
-        kept = select(graph, scores, target, floor=floor)
-        for number, place in enumerate(shown, 1):
-            units = pd.DataFrame({"layer": number, "score": scores[place].numpy(), "kept": kept[place].numpy()})
-            rows.append(units.assign(panel=name))
-        panel = pd.concat(rows[-len(shown) :])
-        panel["rank"] = 100 * panel.score.rank(pct=True)
+        panel = _units(graph, scores, select(graph, scores, target, floor=floor)).assign(panel=name)
+        panels.append(panel)
         for stays, color, label in ((True, COLORS[name], "stays"), (False, "#B8B8B8", "goes")):
             points = panel[panel.kept == stays]
             aside = np.linspace(-0.3, 0.3, 7)[np.arange(len(points)) % 7]
-            ax.scatter(points.layer + aside, points["rank"], s=7, color=color, lw=0, label=label)
+            ax.scatter(points.place + aside, points["rank"], s=7, color=color, lw=0, label=label)
         ax.axhline(panel["rank"][~panel.kept].max(), color=DENSE, lw=1, label="the cut")
         ax.set(xlabel="layer, in execution order", title=title, ylim=(-2, 102))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, markerscale=2.5)
     axes[0, 0].set(ylabel="place in the ranking of all filters (%)")
-    figure.data = pd.concat(rows)
+    figure.data = pd.concat(panels)
     return figure
+
+
+def _units(graph: Graph, scores: Sequence[Tensor], kept: Sequence[Tensor]) -> pd.DataFrame:
+    """Units that are activated: columns layer and place (of the first layer that has them), score, kept, rank (%)."""
+    sums = np.zeros(len(graph.members))
+    for units, layer_scores in zip(graph.units, scores, strict=True):
+        np.add.at(sums, units[units >= 0], layer_scores.numpy()[units >= 0])
+    shown, rows = set(), []
+    for layer, units, mask in zip(graph.layers, graph.units, kept, strict=True):
+        if layer.name in graph.unactivated or units[0] in shown or units[0] < 0:
+            continue
+        shown |= set(units.tolist())
+        rows.append(pd.DataFrame({"layer": layer.name, "score": sums[units], "kept": mask.numpy()}))
+    table = pd.concat([each.assign(place=place) for place, each in enumerate(rows, 1)])
+    return table.assign(rank=100 * table.score.rank(pct=True))
 
 
 def hero(panels: Mapping[str, pd.DataFrame], caption: str) -> Figure:

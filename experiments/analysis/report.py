@@ -126,15 +126,16 @@ def _draw(experiments: list[Experiment], answers: pd.DataFrame, out: Path) -> di
     """Draw hero, tiles and idea; returned as base64."""
     panels = {f"{exp.title}\n{claims.headline(exp)}": claims.over_norm_only(exp) for exp in experiments}
     about = " | ".join([f"{experiments[0].scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
-    stars = "dots: trials, bars: means, *: differs from norm-only (Holm) at one of the judged FLOP counts"
+    stars = "dots: trials, bars: means, *: differs from norm-only (Holm); FLOP counts below the paper's are not judged"
     figures.save(comparison_figures.hero(panels, f"{about} | {stars}"), out / "hero")
     networks = {exp.name: exp.title.partition(" on ")[0] for exp in experiments}
-    figures.save(comparison_figures.tiles(answers, networks, about), out / "tiles")
+    runs = " | ".join(f"{exp.title}, {exp.effort}" for exp in experiments)
+    figures.save(comparison_figures.tiles(answers, networks, f"{experiments[0].scale} scale | {runs}"), out / "tiles")
     exp = experiments[-1]
     method = next(name for name in exp.methods if METHODS[name].learned)
     target = min(exp.settings.rankings[method].targets)
     about = f"{exp.about} at {target:.0%} FLOPs · {METHODS[method].label}, first trial · block outputs are left out"
-    about += " · coloured below the cut: the layer is at its floor"
+    about += " · coloured below the cut: the layer is at its floor; filters that go together are one dot"
     ranking = exp.ranking(method, 0)
     figure = comparison_figures.idea(exp.graph, exp.norms, ranking, target, exp.settings.floor, method, about)
     figures.save(figure, out / "idea")

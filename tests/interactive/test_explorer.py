@@ -122,7 +122,7 @@ def test_each_layer_has_its_tilt_until_they_are_reset(explorer):
         return dict(explorer.tilts), (explorer.layer.value, explorer.scale.value, explorer.shift.value)
 
     before = explorer.shown.widths
-    assert states() == ({}, (0, 1.0, 0.0))
+    assert states() == ({}, (max(range(7), key=explorer.cutter.reach("legr", 0.6).__getitem__), 1.0, 0.0))
     assert explorer.reset.disabled and explorer.changes.value == "tilted layers: none"
     explorer.layer.value, explorer.scale.value = 1, 10.0
     first = explorer.shown.widths
@@ -138,6 +138,25 @@ def test_each_layer_has_its_tilt_until_they_are_reset(explorer):
     assert states()[0] == {5: Tilt(1.0, -2.0)}
     explorer.reset.click()
     assert states() == ({}, (1, 1.0, 0.0)) and explorer.shown.widths == before and explorer.reset.disabled
+
+
+def test_a_layer_that_moves_is_chosen_first_and_those_that_can_not_are_marked(explorer):
+    for target in (0.6, 0.45):
+        explorer.target.value = target
+        asyncio.run(explorer._rest_and_judge())
+        reach = explorer.cutter.reach("legr", target)
+        assert 0 in reach and max(reach) > 0
+        marked = {layer: "can not move here" in label for label, layer in explorer.layer.options}
+        assert marked == {layer: filters == 0 for layer, filters in enumerate(reach)}
+    first = Explorer(explorer.cutter.exp, "legr", 0.6)
+    chosen, width = first.layer.value, first.bars[first.layer.value].get_height()
+    assert first.cutter.reach("legr", 0.6)[chosen] == max(first.cutter.reach("legr", 0.6))
+    assert [bar.get_linewidth() > 0 for bar in first.bars].index(True) == chosen
+    widths = []
+    for scale in (0.1, 10.0):
+        first.scale.value = scale
+        widths.append(first.shown.widths[chosen])
+    assert widths[0] <= width <= widths[1] and widths[0] < widths[1]
 
 
 def drawn(explorer, panel, label):
