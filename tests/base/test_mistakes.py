@@ -75,6 +75,25 @@ SETTINGS = {  # what was done: the change, and what the sentence says
     "a folder that is not there": (photos(folder="nowhere"), "data folder nowhere/train can't be used"),
     "no test images": (photos(lambda r: shutil.rmtree(r / "test")), r"photos/test can't be used .*must hold train/"),
     "a class in one split": (photos(lambda r: shutil.rmtree(r / "test/dog")), "classes in only one .*: dog"),
+    "a class without images": (
+        photos(lambda r: [p.unlink() for p in r.glob("test/dog/*")]),
+        r"photos/test can't be used \(it has no image of dog\)",
+    ),
+    "only loose images": (
+        photos(
+            lambda r: (
+                shutil.copytree(r / "train/cat", r / "loose"),
+                shutil.rmtree(r / "train"),
+                (r / "loose").rename(r / "train"),
+            )
+        ),  # fmt: skip
+        r"photos/train can't be used \(it has no folder of a class\)",
+    ),
+    "a class that is held out whole": (
+        photos(lambda r: [p.unlink() for p in r.glob("train/dog/[12].png")], holdout=3),
+        "holdout is 3; it leaves no image to train on of dog: hold out fewer",
+    ),
+    "a link to nothing": (photos(lambda r: (r / "train/cat/9.png").symlink_to("nowhere")), "can't be used .*9.png"),
     "text for an image": (photos(lambda r: (r / "train/cat/0.png").write_text("meow")), r"image .*cat/0\.png can't be"),
     "another side than CIFAR-10's": (photos(name="cifar10", folder=None, resolution=16), "resolution is 16; cifar10"),
 }
