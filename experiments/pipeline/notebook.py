@@ -46,7 +46,7 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
     # Kernel and workers run the code of this folder, whatever is installed.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     warnings.filterwarnings("ignore", module="papermill|nbclient|jupyter")
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     with swapped_in(root, f"{scale}/{experiment}/{stage}") as part:
         try:
             papermill.execute_notebook(
@@ -67,7 +67,7 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
             print("\n".join(error.traceback), file=sys.stderr)
             what = f"{error.ename}: {error.evalue}"
             raise StageFailed(f"notebook {NOTEBOOKS[kind]} failed in cell {error.exec_count}: {what}") from None
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
             raise StageFailed(f"kernel of notebook {NOTEBOOKS[kind]} did not start, or ended: {error}") from None
         # What differs from run to run and is no result goes: progress bars, times, kernel details.
         notebook = nbformat.read(part / "notebook.ipynb", as_version=4)
