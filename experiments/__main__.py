@@ -49,10 +49,6 @@ def main() -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    import resource
-
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"{stage}: peak memory {peak * (1 if sys.platform == 'darwin' else 1024) / 2**20:,.0f} MiB")
     return 0
 
 

@@ -235,10 +235,8 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Batches:
         for pixels, labels in self._decoded(size, generator):
-            yield (
-                self.normalization(pixels.to(self.device, non_blocking=True)),
-                labels.to(self.device, non_blocking=True),
-            )
+            inputs = self.normalization(pixels.to(self.device, non_blocking=True))
+            yield inputs, labels.to(self.device, non_blocking=True)
 
     def augmented_batches(self, size: int, generator: torch.Generator, side: int | None = None) -> Batches:
         from torchvision.transforms import v2

@@ -115,15 +115,17 @@ def folder(settings: DataSettings, _: Path | None = None) -> Read:
             normalization=settings.normalization,
         )
         parts.append((classes, paths, files if settings.stream else files.load()))
-    (classes, paths, train), (others, test_paths, test) = parts
-    if classes != others:
-        odd = sorted(set(classes) ^ set(others))
+    (classes, paths, train), (in_test, test_paths, test) = parts
+    if classes != in_test:
+        odd = sorted(set(classes) ^ set(in_test))
         raise UserError(f"data folder {root} has classes in only one of its splits: {', '.join(odd[:5])}")
     known = dict(zip(_digests(train), paths, strict=True))
     twins = [(path, known[each]) for path, each in zip(test_paths, _digests(test), strict=True) if each in known]
     if twins:
-        first = ", ".join(" = ".join(os.path.relpath(path, root) for path in pair) for pair in twins[:10])
-        print(f"{len(twins)} test images are training images too, pixel by pixel at {about(settings)}: {first}")
+        named = [" = ".join(os.path.relpath(path, root) for path in pair) for pair in twins[:10]]
+        if len(twins) > len(named):
+            named.append("…")
+        print(f"test images that are training images too, by the pixels read: {len(twins)} ({', '.join(named)})")
     return classes, train, test, left_out
 
 

@@ -131,7 +131,6 @@ def test_on_the_command_line(project, any_code, monkeypatch, capsys, arguments, 
 
 def test_on_windows(project, monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setitem(sys.modules, "resource", None)
     code, (sentence,) = run(monkeypatch, capsys, "data", "demo", NAME)
     assert code == 1 and sentence.endswith("on Windows it needs WSL, start it there")
 

@@ -45,7 +45,7 @@ def test_data_flows_one_way(room):
 
 
 def test_the_library_and_what_starts_the_pipeline_can_be_imported_on_windows():
-    for path in [*sources("legr"), *sources("experiments/pipeline/notebook.py")]:
+    for path in [*sources("legr"), *sources("experiments/__main__.py"), *sources("experiments/pipeline")]:
         assert not {"resource", "fcntl", "grp", "pwd", "termios"} & set(imported(path)), path
 
 
