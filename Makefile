@@ -24,7 +24,7 @@ gpu-check: install
 	python -m benchmarks.gpu
 
 lab: install
-	jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/explore.ipynb
+	JUPYTER_PATH= JUPYTER_PREFER_ENV_PATH=1 jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/explore.ipynb
 
 # A zip archive has no .git, which DVC asks for unless told otherwise.
 ready: install

@@ -5,7 +5,6 @@ experiments of a scale).
 """
 
 import argparse
-import resource
 import sys
 from pathlib import Path
 
@@ -21,6 +20,8 @@ def main() -> int:
     stage, scale, name, root = arguments.stage, arguments.scale, arguments.experiment[0], Path.cwd()
     # What a stage needs is imported for it alone: it takes seconds.
     try:
+        if sys.platform == "win32":
+            raise StageFailed("the pipeline runs on Linux and macOS; on Windows it needs WSL, start it there")
         if not (root / "params.yaml").is_file():
             raise StageFailed(f"params.yaml was not found in {root}; run from the project's folder")
         kind, _, method = stage.partition("/")
@@ -48,8 +49,6 @@ def main() -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"{stage}: peak memory {peak * (1 if sys.platform == 'darwin' else 1024) / 2**20:,.0f} MiB")
     return 0
 
 

@@ -164,8 +164,9 @@ def in_one_sentence(file: str = "", *within: str) -> Iterator[None]:
 
 
 def find_root() -> Path:
+    """The project in which we are; outside of any, that of this code."""
     here = Path.cwd()
-    root = next((p for p in (here, *here.parents) if (p / "params.yaml").is_file()), None)
+    root = next((p for p in (here, *here.parents, Path(__file__).parents[1]) if (p / "params.yaml").is_file()), None)
     if root is None:
         raise UserError(f"params.yaml was not found in {here} or a folder above it; run from inside the project")
     return root

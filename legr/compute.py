@@ -23,12 +23,14 @@ class Compute(Settings):
         device, precision = self.device, self.precision
         if device == "auto":
             device = "cuda" if torch.cuda.device_count() else "cpu"
+        allowed = "auto, cpu, or cuda with a GPU"
+        if device.partition(":")[0] not in ("cpu", "cuda"):
+            raise UserError(f"device is {device!r}; it must be {allowed}")
         try:
             torch.ones(1, device=device).add(1).item()  # a kernel: a driver or card may be too old for this PyTorch
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0].rstrip(".")
             if self.device != "auto":
-                allowed = "auto, cpu, or cuda with a GPU"
                 raise UserError(f"device is {device!r}; this machine can't use it ({allowed}): {reason}") from None
             warnings.warn(f"this machine's GPU can't be used, so the CPU is: {reason}", stacklevel=2)
             device = "cpu"

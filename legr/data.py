@@ -233,12 +233,10 @@ class ImageFiles(torch.utils.data.Dataset):
         names = tensors_digest({"names": self.names, "labels": self.labels, "sizes": self.sizes})
         return digest([names, self.shape, self.normalization.model_dump()])
 
-    def batches(self, size: int) -> Batches:
-        for pixels, labels in self._decoded(size):
-            yield (
-                self.normalization(pixels.to(self.device, non_blocking=True)),
-                labels.to(self.device, non_blocking=True),
-            )
+    def batches(self, size: int, generator: torch.Generator | None = None) -> Batches:
+        for pixels, labels in self._decoded(size, generator):
+            inputs = self.normalization(pixels.to(self.device, non_blocking=True))
+            yield inputs, labels.to(self.device, non_blocking=True)
 
     def augmented_batches(self, size: int, generator: torch.Generator, side: int | None = None) -> Batches:
         from torchvision.transforms import v2
@@ -247,12 +245,7 @@ class ImageFiles(torch.utils.data.Dataset):
         steps = [v2.RandomResizedCrop(to, (self.augmentation.min_area, 1.0))]
         steps += [v2.RandomHorizontalFlip()] if self.augmentation.flip else []
         shuffled = self[torch.randperm(len(self), generator=generator)[: max(len(self) // size, 1) * size]]
-        augmented = replace(shuffled, transform=v2.Compose(steps))
-        for pixels, labels in augmented._decoded(size, generator):
-            yield (
-                self.normalization(pixels.to(self.device, non_blocking=True)),
-                labels.to(self.device, non_blocking=True),
-            )
+        yield from replace(shuffled, transform=v2.Compose(steps)).batches(size, generator)
 
     def _decoded(self, size: int, generator: torch.Generator | None = None) -> Batches:
         workers = min(os.cpu_count() or 1, 16, max(len(self) // 500, 1))
@@ -260,11 +253,12 @@ class ImageFiles(torch.utils.data.Dataset):
         try:
             yield from DataLoader(self, size, num_workers=workers, generator=generator, pin_memory=pinned)
         except UserError as error:  # the loader wraps it in the worker's traceback
+            error.with_traceback(None)  # which would hold the loader, and so its processes
             raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
 
 
 def _read_image(path: Path, channels: int) -> Image.Image:
-    """Turned as its EXIF tag says; 16 bits are scaled to 8."""
+    """Turned as its EXIF tag says; 16 bits are scaled to 8; what is transparent lies on white."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -272,6 +266,9 @@ def _read_image(path: Path, channels: int) -> Image.Image:
                 image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             elif file.mode in ("I", "F"):
                 raise ValueError("its pixels have 32 bits, of which 0 and 255 are unknown; save it with 8 or 16")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} can't be read ({type(error).__name__}: {error})") from None

@@ -1,13 +1,15 @@
 """The data sets: a row of `DATASETS` each. `prepare` reads the images once; `load` gives them to the notebooks."""
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,10 +18,10 @@ from experiments.settings import DataSettings
 from legr.data import Dataset, ImageFiles, Images, hold_out
 from legr.files import UserError, digest, load_state, read_json, save_state, write_json
 
+LOOP = "link that leads back"
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-
-Read = tuple[list[str], Images, Images]  # classes, training and test images
+# Classes, training and test images; of each split, how many files were left out by kind.
+Read = tuple[list[str], Images, Images, dict[str, Counter]]
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,16 @@ def digits(settings: DataSettings, _: Path | None = None) -> Read:
     pixels = (large * 255).round().to(torch.uint8).expand(-1, settings.channels, -1, -1).contiguous()
     every = _images(settings, pixels, torch.tensor(bunch.target, dtype=torch.int64))
     test = torch.arange(len(every)) % 3 == 0
-    return [str(d) for d in range(10)], every[~test], every[test]
+    return [str(d) for d in range(10)], every[~test], every[test], {}
 
 
 def cifar10(settings: DataSettings, downloads: Path) -> Read:
     """From a folder, or torchvision's download, checked by hash; sorted by class, as a folder is read."""
     from torchvision.datasets import CIFAR10
 
+    left_out = {}
     if _folder_of(settings):
-        classes, train, test = folder(settings, downloads)
+        classes, train, test, left_out = folder(settings, downloads)
     else:
         if settings.shape != (3, 32, 32):
             raise UserError(f"data.resolution is {settings.resolution}; cifar10 has images of 32 by 32, in colour")
@@ -64,7 +67,7 @@ def cifar10(settings: DataSettings, downloads: Path) -> Read:
             f"data folder {_folder_of(settings)} has {len(train):,} training and {len(test):,} test images of "
             f"{', '.join(classes[:12])}; CIFAR-10 has 50,000 and 10,000 of {', '.join(CIFAR10_CLASSES)}"
         )
-    return classes, train, test
+    return classes, train, test, left_out
 
 
 def imagenette(settings: DataSettings, downloads: Path) -> Read:
@@ -90,52 +93,100 @@ def folder(settings: DataSettings, _: Path | None = None) -> Read:
         raise UserError(f"data.folder is missing; data.name {settings.name!r} needs a folder with train/<class>/")
     root = Path(source).expanduser()
     splits = [root / "train", next((root / s for s in ("test", "val", "valid") if (root / s).is_dir()), root / "test")]
-    parts = []
-    for split in splits:
+    parts, left_out = [], {}
+    for name, split in zip(("train", "test"), splits, strict=True):
         try:
-            classes, samples = _listing(split)
-        except (OSError, RuntimeError) as error:
+            classes, paths, labels, left_out[name] = _listing(split)
+            sizes = [os.path.getsize(path) for path in paths]
+        except OSError as error:
             raise UserError(
-                f"data folder {split} can't be used ({str(error).splitlines()[0]}); "
+                f"data folder {split} can't be used ({error}); "
                 f"{root} must hold train/<class>/ and test/<class>/ (or val/<class>/)"
             ) from None
-        names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in samples])
+        names = np.array([os.fsencode(os.path.relpath(path, split)) for path in paths])
         names = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))
         files = ImageFiles(
             str(split.absolute()),
             names,
-            labels=torch.tensor([label for _, label in samples]),
-            sizes=torch.tensor([os.path.getsize(path) for path, _ in samples]),
+            labels=torch.tensor(labels),
+            sizes=torch.tensor(sizes),
             shape=settings.shape,
             augmentation=settings.augmentation,
             normalization=settings.normalization,
         )
-        parts.append((classes, files if settings.stream else files.load()))
-    if parts[0][0] != parts[1][0]:
-        odd = sorted(set(parts[0][0]) ^ set(parts[1][0]))
+        parts.append((classes, paths, files if settings.stream else files.load()))
+    (classes, paths, train), (in_test, test_paths, test) = parts
+    if classes != in_test:
+        odd = sorted(set(classes) ^ set(in_test))
         raise UserError(f"data folder {root} has classes in only one of its splits: {', '.join(odd[:5])}")
-    return parts[0][0], parts[0][1], parts[1][1]
+    known = dict(zip(_digests(train), paths, strict=True))
+    twins = [(path, known[each]) for path, each in zip(test_paths, _digests(test), strict=True) if each in known]
+    if twins:
+        named = [" = ".join(os.path.relpath(path, root) for path in pair) for pair in twins[:10]]
+        if len(twins) > len(named):
+            named.append("…")
+        print(f"test images that are training images too, by the pixels read: {len(twins)} ({', '.join(named)})")
+    return classes, train, test, left_out
 
 
-def _listing(split: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """Classes, and images with their labels. Hidden files and folders are passed over; what is left out is counted."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+def _digests(images: Images) -> Iterator[bytes]:
+    """Of each image, as a network takes it."""
+    for inputs, _ in images.batches(64):
+        for each in inputs.numpy():
+            yield hashlib.blake2b(each.tobytes(), digest_size=16).digest()
 
-    left_out = Counter()
 
-    def is_image(path: str) -> bool:
-        hidden = f"{os.sep}." in path.removeprefix(str(split))
-        known = path.lower().endswith(IMG_EXTENSIONS)
-        if not known and not hidden:
-            left_out[Path(path).suffix.lower() or "without a suffix"] += 1
-        return known and not hidden
+def _listing(split: Path) -> tuple[list[str], list[str], list[int], Counter]:
+    """Classes, paths of images and their labels; how many files, hidden folders and links are left out, by kind."""
+    above = {os.path.realpath(split), *map(str, split.resolve().parents)}
+    classes, left_out = {}, Counter()
+    for name in sorted(os.listdir(split)):
+        path, kind = os.path.realpath(split / name), _kind(name)
+        if path in above:
+            left_out[LOOP] += 1
+        elif os.path.isdir(path) and kind != "hidden":
+            classes[name] = path
+        else:
+            left_out["image in no class" if kind == "image" else kind] += 1
+    if not classes:
+        raise FileNotFoundError("it has no folder of a class")
+    images, seen = [], above | set(classes.values())
+    for label, (name, path) in enumerate(classes.items()):
+        seen.remove(path)  # only the class itself may go there
+        for here, folders, files in _walk(split / name, seen, left_out):
+            hidden = {folder for folder in folders if _kind(folder) == "hidden"}
+            folders[:] = [folder for folder in folders if folder not in hidden]
+            for file in [*files, *hidden]:
+                if (kind := _kind(file)) == "image":
+                    images.append((label, here, file))
+                else:
+                    left_out[kind] += 1
+        if not images or images[-1][0] != label:
+            raise FileNotFoundError(f"it has no image of {name}")
+    labels, folders, files = zip(*sorted(images), strict=True)
+    return list(classes), list(map(os.path.join, folders, files)), list(labels), left_out
 
-    classes = [name for name in find_classes(split)[0] if not name.startswith(".")]
-    samples = make_dataset(split, {name: i for i, name in enumerate(classes)}, is_valid_file=is_image)
-    if left_out:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.items())
-        print(f"{split}: {left_out.total()} files are left out ({kinds})")
-    return classes, samples
+
+def _kind(name: str) -> str:
+    """Of a file, by its name: image, hidden, or another suffix."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if name.startswith("."):
+        return "hidden"
+    suffix = Path(name).suffix.lower()
+    return "image" if suffix in IMG_EXTENSIONS else suffix or "without a suffix"
+
+
+def _walk(top: str | Path, seen: set[str], left_out: Counter) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, by name and through links, but into no folder that was `seen`: links may lead back."""
+    for here, folders, files in os.walk(top, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            left_out[LOOP] += 1
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield here, folders, sorted(files)
 
 
 def _images(settings: DataSettings, pixels: Tensor, labels: Tensor) -> Images:
@@ -180,9 +231,21 @@ def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
     """
     source = _folder_of(settings)
     held = {"folder": os.path.abspath(Path(source).expanduser()), "files": _contents(source)} if source else {}
-    classes, train, test = DATASETS[settings.name].read(settings, downloads)
-    state = {"settings": settings.model_dump(), "classes": classes}
-    state["holdout"] = hold_out(train.labels, settings.holdout, settings.seed)
+    classes, train, test, left_out = DATASETS[settings.name].read(settings, downloads)
+    holdout = hold_out(train.labels, settings.holdout, settings.seed)
+    labels = {"train": train.labels, "of it held out": train.labels[holdout], "test": test.labels}
+    counts = {part: each.bincount(minlength=len(classes)) for part, each in labels.items()}
+    table = pd.DataFrame(counts, classes)
+    alone = table.index[table["train"] == table["of it held out"]]
+    if len(alone):
+        raise UserError(
+            f"holdout is {settings.holdout}; it leaves no image to train on of {', '.join(alone[:5])}: "
+            "hold out fewer images, or add some of these classes"
+        )
+    rest = pd.DataFrame(left_out).sort_index().add_prefix("left out: ", axis=0)
+    table = pd.concat([table, table.sum().to_frame("all").T, rest]).fillna(0).astype(int)
+    print(table.to_string(max_rows=40))
+    state = {"settings": settings.model_dump(), "classes": classes, "holdout": holdout}
     for split, images in {"train": train, "test": test}.items():
         kept = ("root", "names", "labels", "sizes", "shape") if isinstance(images, ImageFiles) else ("pixels", "labels")
         state[split] = {name: getattr(images, name) for name in kept}
@@ -192,14 +255,9 @@ def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
 
 def _contents(folder: str) -> str:
     """Names a folder's files by their paths, sizes and times of change."""
-    root, facts, seen = Path(folder).expanduser(), [], set()
-    for here, folders, files in os.walk(root, followlinks=True):
-        if os.path.realpath(here) in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(here))
-        folders.sort()
-        for path in (os.path.join(here, name) for name in sorted(files)):
+    root, facts = Path(folder).expanduser(), []
+    for here, _, files in _walk(root, set(), Counter()):
+        for path in (os.path.join(here, name) for name in files):
             stat = os.stat(path, follow_symlinks=os.path.exists(path))
             facts.append((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns))
     return digest(facts)

@@ -31,6 +31,14 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
     sys.modules["rfc3987_syntax"] = None
     import nbformat
     import papermill
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class ThisPython(AsyncKernelManager):
+        """Starts the Python of this environment, whatever kernels Jupyter finds elsewhere."""
+
+        kernel_spec = KernelSpec(**get_kernel_dict())
 
     kind, _, method = stage.partition("/")
     parameters = {"scale": scale, "experiment": experiment, "results": "results"}
@@ -38,7 +46,7 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
     # Kernel and workers run the code of this folder, whatever is installed.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     warnings.filterwarnings("ignore", module="papermill|nbclient|jupyter")
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     with swapped_in(root, f"{scale}/{experiment}/{stage}") as part:
         try:
             papermill.execute_notebook(
@@ -48,6 +56,7 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
                 cwd=root / "notebooks",
                 progress_bar=False,
                 kernel_name="python3",
+                kernel_manager_class=ThisPython,
                 stderr_file=sys.stderr,
                 extra_arguments=["--IPKernelApp.log_level=ERROR"],
             )
@@ -58,6 +67,8 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
             print("\n".join(error.traceback), file=sys.stderr)
             what = f"{error.ename}: {error.evalue}"
             raise StageFailed(f"notebook {NOTEBOOKS[kind]} failed in cell {error.exec_count}: {what}") from None
+        except RuntimeError as error:
+            raise StageFailed(f"kernel of notebook {NOTEBOOKS[kind]} did not start, or ended: {error}") from None
         # What differs from run to run and is no result goes: progress bars, times, kernel details.
         notebook, upwards = nbformat.read(part / "notebook.ipynb", as_version=4), "../" * (3 + len(stage.split("/")))
         notebook.metadata = {"kernelspec": notebook.metadata.kernelspec}

@@ -75,6 +75,19 @@ SETTINGS = {  # what was done: the change, and what the sentence says
     "a folder that is not there": (photos(folder="nowhere"), "data folder nowhere/train can't be used"),
     "no test images": (photos(lambda r: shutil.rmtree(r / "test")), r"photos/test can't be used .*must hold train/"),
     "a class in one split": (photos(lambda r: shutil.rmtree(r / "test/dog")), "classes in only one .*: dog"),
+    "a class without images": (
+        photos(lambda r: [p.unlink() for p in r.glob("test/dog/*")]),
+        r"photos/test can't be used \(it has no image of dog\)",
+    ),
+    "only loose images": (
+        photos(lambda r: (shutil.rmtree(r / "train"), shutil.copytree(r / "test/cat", r / "train"))),
+        r"photos/train can't be used \(it has no folder of a class\)",
+    ),
+    "a class that is held out whole": (
+        photos(lambda r: [p.unlink() for p in r.glob("train/dog/[12].png")], holdout=3),
+        "holdout is 3; it leaves no image to train on of dog: hold out fewer",
+    ),
+    "a link to nothing": (photos(lambda r: (r / "train/cat/9.png").symlink_to("nowhere")), "can't be used .*9.png"),
     "text for an image": (photos(lambda r: (r / "train/cat/0.png").write_text("meow")), r"image .*cat/0\.png can't be"),
     "another side than CIFAR-10's": (photos(name="cifar10", folder=None, resolution=16), "resolution is 16; cifar10"),
 }
@@ -114,6 +127,12 @@ def test_on_the_command_line(project, any_code, monkeypatch, capsys, arguments, 
     before = contents(project)
     ended, told = run(monkeypatch, capsys, *arguments.split())
     assert ended == code and message in told[-1] and contents(project) == before
+
+
+def test_on_windows(project, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    code, (sentence,) = run(monkeypatch, capsys, "data", "demo", NAME)
+    assert code == 1 and sentence.endswith("on Windows it needs WSL, start it there")
 
 
 @pytest.mark.parametrize("key", ["finetune.recipe.epoch", "model.depth", "dense.recipes.first"])

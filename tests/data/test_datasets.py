@@ -1,5 +1,6 @@
 """The data sets: digits, folders of images in memory and streamed, CIFAR-10's check, and the prepared file."""
 
+import multiprocessing
 import os
 import shutil
 
@@ -12,7 +13,7 @@ import legr
 from experiments.data.datasets import CIFAR10_CLASSES, check_unchanged, load, prepare
 from experiments.settings import DataSettings
 from legr import models
-from legr.data import Augmentation, ImageFiles, Images
+from legr.data import Augmentation, ImageFiles, Images, _read_image
 from legr.fitness import Fitness, FitnessSettings
 from legr.training import Recipe, evaluate, train
 
@@ -78,7 +79,7 @@ def test_a_folder_has_its_classes_in_order_and_images_keep_their_proportions(tmp
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_photographs_as_cameras_and_people_leave_them(tmp_path, stream, capsys):
+def test_photographs_as_cameras_and_people_leave_them(tmp_path, stream):
     root = plant(tmp_path / "own", ["ant", "owl"], (4, 2))
     ramp = np.tile(np.linspace(0, 65535, 40).astype(np.uint16), (20, 1))  # dark on the left
     Image.fromarray(ramp).save(root / "train/ant/0.png")  # 16 bits
@@ -86,20 +87,61 @@ def test_photographs_as_cameras_and_people_leave_them(tmp_path, stream, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     turned.save(root / "train/ant/1.png", exif=exif)
-    for split in ("train", "val"):
-        shutil.copytree(root / split / "ant", root / split / ".ipynb_checkpoints")
-    (root / "train/owl/notes.txt").touch()
-    (root / "train/owl/a.GIF").touch()
-    (root / "train/owl/._owl_0.jpg").touch()
     data = prepared(root, tmp_path / "out", resolution=(20, 40), channels=1, normalization="none", stream=stream)
-    assert f"{root}/train: 2 files are left out (" in (told := capsys.readouterr().out) and "1 .gif" in told
-    assert data.classes == ["ant", "owl"] and data.train.labels.tolist() == [0] * 6 + [1] * 4
+    assert data.train.labels.tolist() == [0] * 6 + [1] * 4
     assert data.train.shape == (1, 20, 40)
     inputs, _ = next(data.train.batches(3))
     for image, name in ((inputs[0, 0], "16 bits"), (inputs[1, 0], "turned")):
         np.testing.assert_allclose(image, np.tile(np.linspace(0, 1, 40), (20, 1)), atol=0.01, err_msg=name)
     batches = list(data.train.augmented_batches(4, torch.Generator().manual_seed(0)))
     assert all(inputs.shape == (4, 1, 20, 40) and 0 <= inputs.min() <= inputs.max() <= 1 for inputs, _ in batches)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_read_and_left_out_is_one_table(tmp_path, stream, capsys):
+    """Links that lead back, hidden and other files, images in no class, and test images that were trained on."""
+    root = plant(tmp_path / "own", ["ant", "owl"], (4, 2))
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "ant", root / split / ".ipynb_checkpoints")
+    (root / "train/owl/notes.txt").touch()
+    (root / "train/owl/a.GIF").touch()
+    (root / "train/owl/._owl_0.jpg").touch()
+    shutil.copy(root / "train/owl/owl_0.jpg", root / "train/loose.jpg")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(root / "train/owl/owl_1.png", tmp_path / "elsewhere")
+    for name, target in {"ant/up": "..", "ant/top": "../..", "ant/other": "../owl", "round": ".",
+                         "owl/one": tmp_path / "elsewhere", "owl/two": tmp_path / "elsewhere"}.items():  # fmt: skip
+        (root / "train" / name).symlink_to(target, target_is_directory=True)
+    Image.open(root / "train/ant/ant_3.png").save(root / "val/owl/owl_1.png", compress_level=0)
+    data = prepared(root, tmp_path / "out", holdout=3, stream=stream)
+    twins, *table = capsys.readouterr().out.splitlines()
+    assert twins.endswith("training images too, by the pixels read: 1 (val/owl/owl_1.png = train/ant/ant_3.png)")
+    assert [line.rsplit(maxsplit=3) for line in table[1:]] == [
+        ["ant", "4", "2", "2"],
+        ["owl", "4", "1", "2"],
+        ["all", "8", "3", "4"],
+        ["left out: .gif", "1", "0", "0"],
+        ["left out: .txt", "1", "0", "0"],
+        ["left out: hidden", "2", "0", "1"],
+        ["left out: image in no class", "1", "0", "0"],
+        ["left out: link that leads back", "5", "0", "0"],
+    ]
+    assert data.classes == ["ant", "owl"] and data.train.labels.tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "L", "RGB", "1"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparent_pixels_lie_on_white(tmp_path, mode, channels):
+    """The left half is black with alpha 0; palette and greys that are declared transparent too."""
+    image = Image.new("RGBA", (32, 32), "gray" if mode != "1" else "white")
+    image.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    path, declared = tmp_path / f"image.{'tiff' if mode == 'PA' else 'png'}", {}
+    if mode in ("L", "RGB", "1", "P"):
+        image = image.convert("RGB").quantize(2) if mode == "P" else image.convert("RGB").convert(mode)
+        declared = {"transparency": image.getpixel((0, 0))}
+    image.convert(mode).save(path, **declared)
+    pixels = np.array(_read_image(path, channels))
+    assert (pixels[:, :16] == 255).all() and (mode == "1" or (pixels[:, 16:] == 128).all())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
@@ -156,14 +198,18 @@ def test_a_streamed_set_trains_and_is_searched_as_in_memory(both, compute):
     assert results[0] == results[1]
 
 
-def test_an_image_that_breaks_off_is_named_when_it_is_streamed(tree, tmp_path):
-    root = shutil.copytree(tree, tmp_path / "copy")
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_image_that_breaks_off_is_named_and_leaves_no_process(tree, tmp_path, stream):
+    """Processes that live on in the exception would complain whenever others end."""
+    root, before = shutil.copytree(tree, tmp_path / "copy"), multiprocessing.active_children()
+    images = prepared(root, tmp_path / "out", stream=stream)
     broken = root / "train" / WNIDS[0] / f"{WNIDS[0]}_3.png"
     broken.write_bytes(broken.read_bytes()[:600])  # its header is whole
-    images = prepared(root, tmp_path / "out", stream=True)
-    with pytest.raises(legr.UserError, match=r"^image .*n01440764_3\.png can't be read") as error:
-        list(images.train.batches(5))
-    assert "\n" not in str(error.value)
+    read = [lambda: prepared(root, tmp_path / "again", stream=stream)]
+    for each in read + [lambda: list(images.train.batches(5))] * stream:
+        with pytest.raises(legr.UserError, match=r"^image .*n01440764_3\.png can't be read") as error:
+            each()
+        assert "\n" not in str(error.value) and multiprocessing.active_children() == before
 
 
 def remove(root):

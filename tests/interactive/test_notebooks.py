@@ -10,6 +10,7 @@ from bs4 import BeautifulSoup
 from nbclient import NotebookClient
 
 import legr
+from experiments import settings
 from tests.conftest import PROJECT
 
 PATH = PROJECT / "notebooks/your_model.ipynb"
@@ -83,6 +84,23 @@ def test_your_model_advises_for_each_size_and_leaves_networks_that_load_elsewher
     (again, times), _ = run(fast | less)
     assert again.loc["dense", "after (%)"] == table.loc["dense", "after (%)"]
     assert times.index[0] == "search"
+
+
+@pytest.mark.parametrize("here", [".", "notebooks", "playground", ".."])
+def test_your_model_writes_to_the_projects_playground_from_wherever_it_runs(tmp_path, monkeypatch, here):
+    """papermill in the project's folder, JupyterLab in notebooks/, a copy to play with, and from outside."""
+    project = tmp_path / "project"
+    for name in ("notebooks", "playground"):
+        (project / name).mkdir(parents=True)
+    (project / "params.yaml").touch()
+    monkeypatch.setattr(settings, "__file__", str(project / "experiments/settings.py"))
+    monkeypatch.chdir(project / here)
+    _, cells = code({"resolution": 16})
+    scope = {}
+    for cell in cells[:2]:
+        exec(cell.source, scope)
+    assert (project / "playground/your_model/images.pt").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"project"}
 
 
 MISTAKES = {

@@ -140,8 +140,9 @@ def test_steps_are_sgd_with_label_smoothing_and_training_leaves_the_moving_avera
 def test_what_goes_wrong_is_one_sentence(digits, compute):
     with pytest.raises(legr.UserError, match=r"lr is 1e\+30; the loss became .* in epoch 1, so it must be smaller"):
         train(fresh(), digits.fit[:64], Recipe(epochs=1, batch_size=8, lr=1e30), compute, seed=0)
-    with pytest.raises(legr.UserError, match=r"device is 'abacus'; this machine can't use it \(auto, cpu, or cuda"):
-        Compute(device="abacus").resolve()
+    for device in ("abacus", "mps", "mps:0", "meta"):
+        with pytest.raises(legr.UserError, match=f"^device is '{device}'; it must be auto, cpu, or cuda with a GPU$"):
+            Compute(device=device).resolve()
 
 
 class TwoHeads(nn.Sequential):

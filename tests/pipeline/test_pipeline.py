@@ -190,6 +190,31 @@ def test_a_stage_that_fails_leaves_what_was_there(copy, spoil, sentence):
     assert contents(copy / "results") == before
 
 
+def died(folder):
+    (folder / "ipykernel_launcher.py").write_text("raise SystemExit(3)")  # comes before the installed one
+
+
+def offered(folder):
+    """Other kernels, as of a hub: one that can't start has the name of ours."""
+    spec = folder / "jupyter/kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text('{"argv": ["/no/such/python", "{connection_file}"], "display_name": "Hub", "language": "python"}')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "told"),
+    [
+        (offered, 0, "$"),
+        (died, 1, "error: kernel of notebook 1_dense did not start, or ended: Kernel died before replying [^\n]*$"),
+    ],
+)
+def test_a_stage_runs_in_this_environments_python_whatever_kernels_there_are(copy, spoil, code, told):
+    spoil(copy)
+    command, own = [sys.executable, "-m", "experiments", "dense", "demo", NAME], {"JUPYTER_PATH": str(copy / "jupyter")}
+    ended = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment(copy) | own)
+    assert ended.returncode == code and re.match(told, ended.stderr.strip() if code else ""), ended.stderr
+
+
 PLAIN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
@@ -272,6 +297,18 @@ def test_a_notebook_by_hand_writes_to_the_playground_only(done):
     finally:
         shutil.rmtree(done / "playground", ignore_errors=True)
         shutil.rmtree(done / ".state/playground", ignore_errors=True)
+
+
+def test_explore_by_hand_leaves_no_stage_modified(copy):
+    """JupyterLab saves outputs, counts and its kernel into the notebook."""
+    path = copy / "notebooks/explore.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell |= {"execution_count": 1, "outputs": [nbformat.v4.new_output("stream", text="shown")]}
+    notebook.metadata.language_info.version = "3.11.7"
+    nbformat.write(notebook, path)
+    assert "up to date" in dvc(copy, "status")
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ def test_the_commands_for_a_network_of_your_own_work(tmp_path):
     for name in ("legr", "experiments"):
         (tmp_path / name).symlink_to(PROJECT / name)
     shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks")
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
     make, check = blocks(PROJECT / "docs/library.md", "sh")
     shell(tmp_path, make)
     assert "</table>" in (tmp_path / "playground/your_model.ipynb").read_text()

@@ -44,6 +44,11 @@ def test_data_flows_one_way(room):
             assert not [banned for banned in ROOMS[room] if f"{name}.".startswith(f"{banned}.")], (path, name)
 
 
+def test_the_library_and_what_starts_the_pipeline_can_be_imported_on_windows():
+    for path in [*sources("legr"), *sources("experiments/__main__.py"), *sources("experiments/pipeline")]:
+        assert not {"resource", "fcntl", "grp", "pwd", "termios"} & set(imported(path)), path
+
+
 def test_no_file_is_too_long_to_read_at_once():
     for room in ("legr", "experiments", "benchmarks"):
         for path in sources(room):
