@@ -17,15 +17,15 @@ from legr.files import write_json, write_text
 from legr.training import Compute
 
 RESULTS, PAGE = Path("results/benchmarks"), Path("docs/speed.md")
-COLUMNS = ["what", "precision", "threads", "yardstick", "yardstick_s", "ours_s", "times_faster"]
+COLUMNS = ["what", "precision", "threads", "baseline", "baseline_s", "ours_s", "times_faster"]
 VALIDATION, RECALIBRATION, TRAINING = 800, 600, 384  # images; the first two in the laptop scale's proportion
 
 
-def compare(what: str, yardstick: str, theirs: tuple, ours: dict[str, tuple], threads: tuple = (1,)) -> Iterator[tuple]:
+def compare(what: str, baseline: str, theirs: tuple, ours: dict[str, tuple], threads: tuple = (1,)) -> Iterator[tuple]:
     """A row of `COLUMNS` by number of threads and precision ("": any); `theirs` and `ours` go to `side_by_side`."""
     for count, s in side_by_side({"theirs": theirs} | ours, threads).items():
         for precision in ours:
-            row = what, precision, count, yardstick, s["theirs"], s[precision], s["theirs"] / s[precision]
+            row = what, precision, count, baseline, s["theirs"], s[precision], s["theirs"] / s[precision]
             print(*row, sep=" | ", flush=True)
             yield row
 
@@ -35,8 +35,8 @@ def measure(compute: Compute) -> Iterator[tuple]:
         yield from compare(what, "filters one by one", (structure, build, True), {"": (structure, build, False)})
     dense = flops(dense_network()[0], EXAMPLE)
     theirs, ours = [f"reaches {flops(pruning(plain)(), EXAMPLE) / dense:.1%}" for plain in (True, False)]
-    yardstick = f"Torch-Pruning {version('torch-pruning')} ({theirs})"
-    yield from compare(f"pruning to 47% of the FLOPs ({ours})", yardstick, (pruning, True), {"": (pruning, False)})
+    baseline = f"Torch-Pruning {version('torch-pruning')} ({theirs})"
+    yield from compare(f"pruning to 47% of the FLOPs ({ours})", baseline, (pruning, True), {"": (pruning, False)})
     judging, epoch = f"a candidate's evaluation, {VALIDATION:,} images", f"a training epoch, {TRAINING:,} images"
     for what, procedure, *arguments in (
         (f"{judging}, as pruned", evaluation, VALIDATION, 0),
