@@ -9,7 +9,7 @@ from typing import Any
 
 import nbformat
 import pandas as pd
-from jinja2 import DictLoader, Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader
 from latex2mathml.converter import convert
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -21,12 +21,6 @@ from experiments.experiment import Experiment
 from experiments.methods import METHODS
 from legr.files import UserError, write_text
 
-FOLDED = """
-{%- extends 'basic/index.html.j2' -%}
-{%- block input -%}
-<details class="code"><summary>code</summary>{{ super() }}</details>
-{%- endblock input -%}
-"""
 ORDER = ("compare", "rankings/*", "ablations", "dense")  # the answer, how it was made, why, what it starts from
 
 
@@ -160,12 +154,11 @@ def _cuts(exp: Experiment) -> dict[str, Any]:
 
 
 def _exporter() -> HTMLExporter:
-    """Notebooks as HTML, with folded code."""
+    """Notebooks as HTML, without their code, to which each chapter has a link."""
     renderer = _Renderer(escape=False, exclude_anchor_links=True)
     return HTMLExporter(
-        template_file="folded.html.j2",
-        extra_loaders=[DictLoader({"folded.html.j2": FOLDED})],
-        exclude_input_prompt=True,
+        template_name="basic",
+        exclude_input=True,
         exclude_output_prompt=True,
         filters={"markdown2html": MarkdownWithMath(renderer=renderer).render},
     )
