@@ -237,11 +237,7 @@ class ImageFiles(torch.utils.data.Dataset):
         return digest([names, self.shape, self.normalization.model_dump()])
 
     def batches(self, size: int) -> Batches:
-        for pixels, labels in self._decoded(size):
-            yield (
-                self.normalization(pixels.to(self.device, non_blocking=True)),
-                labels.to(self.device, non_blocking=True),
-            )
+        yield from map(self._normalized, self._decoded(size))
 
     def augmented_batches(self, size: int, generator: torch.Generator, side: int | None = None) -> Batches:
         from torchvision.transforms import v2
@@ -251,11 +247,11 @@ class ImageFiles(torch.utils.data.Dataset):
         steps += [v2.RandomHorizontalFlip()] if self.augmentation.flip else []
         shuffled = self[torch.randperm(len(self), generator=generator)[: max(len(self) // size, 1) * size]]
         augmented = replace(shuffled, transform=v2.Compose(steps))
-        for pixels, labels in augmented._decoded(size, generator):
-            yield (
-                self.normalization(pixels.to(self.device, non_blocking=True)),
-                labels.to(self.device, non_blocking=True),
-            )
+        yield from map(self._normalized, augmented._decoded(size, generator))
+
+    def _normalized(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        return self.normalization(pixels), labels
 
     def _decoded(self, size: int, generator: torch.Generator | None = None) -> Batches:
         workers = min(os.cpu_count() or 1, 16, max(len(self) // 500, 1))

@@ -338,15 +338,14 @@ def _started(network: fx.GraphModule, labeller: Labeller, x: Tensor, training: b
 def _step(run: fx.Interpreter, n: fx.Node) -> tuple[Any, tuple[list[Any], dict[str, Tensor]]]:
     """What a step gives; what it reads, and its module's parameters."""
     weights = dict(run.module.get_submodule(n.target).named_parameters()) if n.op == "call_module" else {}
-    read = [tree_map_only(Tensor, _free, run.env[source]) for source in n.all_input_nodes]
+    read = [
+        tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.is_floating_point()), run.env[source])
+        for source in n.all_input_nodes
+    ]
     for source, value in zip(n.all_input_nodes, read, strict=True):
         run.env[source] = tree_map_only(Tensor, Tensor.clone, value)  # a step may change it in place
     torch.manual_seed(0)
     return run.run_node(n), (read, weights)
-
-
-def _free(t: Tensor) -> Tensor:
-    return t.detach().requires_grad_(t.is_floating_point())
 
 
 def _masked(value: Any, labels: Any, stays: Tensor) -> tuple[Any, Any]:
