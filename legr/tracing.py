@@ -164,7 +164,8 @@ def _recorded(model: nn.Module, leaves: dict[str, str], x: Tensor, training: boo
             try:
                 parts[n.target] = attrgetter(n.target)(model)
             except AttributeError:
-                parts[n.target] = constants.setdefault(n.target, getattr(root, n.target, None))
+                added = tracer.functions.get(n.target, getattr(root, n.target, None))
+                parts[n.target] = constants.setdefault(n.target, added)
         return fx.GraphModule(parts, graph), constants, tracer.branching
     except Exception as error:
         where = next((path for path, _ in reversed(tracer.module_stack.values())), "")
@@ -185,6 +186,7 @@ def _tracer(model: nn.Module, leaves: dict[str, str], x: Tensor, training: bool)
     class Tracer(fx.Tracer):  # local, so that torch.fx does not pickle it with the network
         proxy_buffer_attributes = True
         branching: ClassVar[set[str]] = set()
+        functions: ClassVar[dict[str, Function]] = {}  # by their path in the traced network
 
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             whole = isinstance(m, (*LAYERS, Function)) or module_qualified_name in leaves
@@ -200,11 +202,11 @@ def _tracer(model: nn.Module, leaves: dict[str, str], x: Tensor, training: bool)
             return training
 
         def length(self, obj: fx.Proxy) -> int:
-            so_far = fx.Interpreter(model, False, self.graph)
+            node, so_far = obj.node, fx.Interpreter(model, False, self.graph)  # `node` is made when it is asked for
             with suppress(Exception), patch.object(nn.Module, "__call__", CALL):
                 so_far.run(x.clone())
-            if not isinstance(value := so_far.env.get(obj.node), tuple | list):
-                raise fx.proxy.TraceError(f"the length of {obj.node.name} is read")
+            if not isinstance(value := so_far.env.get(node), tuple | list):
+                raise fx.proxy.TraceError(f"the length of {node.name} is read")
             return len(value)
 
         def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
@@ -214,8 +216,8 @@ def _tracer(model: nn.Module, leaves: dict[str, str], x: Tensor, training: bool)
             def apply(function: type, *args: Any, **kwargs: Any) -> Any:
                 if not any(isinstance(value, fx.Proxy) for value in args):
                     return plain.__get__(None, function)(*args, **kwargs)
-                path = f"{ADDED}_{len(root._modules)}"
-                root.add_module(path, Function(function))
+                path = f"{ADDED}_{len(root._modules) + len(self.functions)}"
+                self.functions[path] = Function(function)
                 return self.create_proxy("call_module", path, args, kwargs)
 
             function = patch.object(torch.autograd.Function, "apply", classmethod(apply))

@@ -148,7 +148,9 @@ NETWORKS = {  # name: (network, its prunable layers, what stays whole)
     "used twice": (lambda: Net(again, inner=conv()), ["conv2"], ("inner", "used twice")),
     "tied": (tied, ["conv2"], ("b", "used twice")),
     "groups": (lambda: Net(lambda own, x: own.a(x), a=conv(groups=2)), ["conv2"], ("a", "groups")),
-    "gradient reversal": (lambda: Net(lambda own, x: own.a(x), a=Reversal()), ["conv1", "conv2"], None),
+    "gradient reversal": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), Reversal(), Net()), ["0", "2.conv1", "2.conv2"], None,
+    ),
     "function of its own": (lambda: Net(lambda own, x: Scaled.apply(x, -1.0)), ["conv1", "conv2"], None),
     "gradient by width": (
         lambda: Net(lambda own, x: Scaled.apply(x, None)), ["conv2"], ("itself", "computes otherwise"),
@@ -157,7 +159,8 @@ NETWORKS = {  # name: (network, its prunable layers, what stays whole)
         lambda: Net(chunks, 12, a=nn.ModuleList([nn.Conv2d(4, 4, 1)])), ["a.0", "conv2"], ("itself", "chunk"),
     ),
     "unpacked sizes": (
-        lambda: Net(lambda own, x: x * x.view(*x.shape[:2], -1).mean(2)[:, :, None, None]), ["conv1", "conv2"], None,
+        lambda: Net(lambda own, x: x * x.view(*x.shape[: len(x.shape) - 2], -1).mean(2)[:, :, None, None]),
+        ["conv1", "conv2"], None,
     ),
     "profiler": (counted_by_a_profiler, ["conv1", "conv2"], None),
     "normalization": (
