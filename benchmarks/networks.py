@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import FrozenBatchNorm2d
 
 import legr
 from legr.files import write_text
@@ -25,6 +27,8 @@ NETWORKS = [
     "timm: resnet18", "timm: resnetv2_50", "timm: mobilenetv3_small_100", "timm: efficientnet_lite0",
     "timm: ghostnet_050", "timm: repvgg_a0", "timm: dla34", "timm: cspdarknet53", "timm: densenet121",
     "timm: convnext_atto", "timm: hardcorenas_a", "timm: rexnet_100", UNET,
+    "segmentation: fcn_resnet50", "segmentation: deeplabv3_resnet50", "segmentation: lraspp_mobilenet_v3_large",
+    "FPN: resnet18", "quantizable: resnet18", "normalized: resnet18",
 ]  # fmt: skip
 FRACTION, TOLERANCE = 0.5, 1e-5  # of the dense FLOPs; of the largest output, for equality in float32
 
@@ -63,18 +67,30 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
         model = timm.create_model(name.removeprefix("timm: "), num_classes=10).eval()
     else:
-        from torchvision.models import get_model
-
-        plain = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-        model = get_model(name, weights=None, num_classes=10, **plain).eval()
+        model = torchvisions(*name.rpartition(": ")[::2]).eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
             for mean, deviation in ((module.running_mean, module.running_var), (module.bias, module.weight)):
                 nn.init.normal_(mean, 0, 0.1)
                 nn.init.uniform_(deviation, 0.5, 2)
         elif hasattr(module, "layer_scale"):  # 1e-6 in a fresh ConvNeXt: its blocks would not count
             nn.init.uniform_(module.layer_scale, 0.5, 1)
     return model, torch.randn(2, 3, 96, 96)
+
+
+def torchvisions(kind: str, name: str) -> nn.Module:
+    from torchvision.models import get_model, quantization
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.transforms.v2 import Normalize
+
+    if kind == "FPN":
+        return resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=5)
+    if kind == "quantizable":
+        return getattr(quantization, name)(num_classes=10)
+    plain = {"weights_backbone": None} if kind == "segmentation" else {}
+    plain |= {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    model = get_model(name, weights=None, num_classes=10, **plain)
+    return nn.Sequential(Normalize([0.5] * 3, [0.2] * 3), model) if kind == "normalized" else model
 
 
 def flops(model: nn.Module, x: Tensor) -> int:
@@ -89,15 +105,21 @@ def verdict(small: nn.Module, name: str, kept: Mapping[str, Tensor]) -> str:
     dense, x = build(name)
     if (ratio := flops(small, x) / flops(dense, x)) >= FRACTION:
         return f"no: stays at {ratio:.0%} of the FLOPs"
-    small(x).sum().backward()
+    _all_outputs(small(x)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters()), "a gradient is missing"
     with torch.no_grad():
         for path, mask in kept.items():
-            for parameter in dense.get_submodule(path).parameters(recurse=False):
-                parameter[~mask] = 0
-        expected = dense(x)
-        difference = ((small(x) - expected).abs().max() / expected.abs().max()).item()
+            module = dense.get_submodule(path)
+            for tensor in (module.weight, module.bias):
+                if tensor is not None:
+                    tensor[~mask] = 0
+        expected = _all_outputs(dense(x))
+        difference = ((_all_outputs(small(x)) - expected).abs().max() / expected.abs().max()).item()
     return "yes" if difference < TOLERANCE else f"no: differs from the masked dense network by {difference:.1g}"
+
+
+def _all_outputs(outputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tree_leaves(outputs)])
 
 
 def try_legr(name: str) -> list[str]:

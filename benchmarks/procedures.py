@@ -88,7 +88,7 @@ def random_images(count: int, device: str) -> Images:
 
 def evaluation(count: int, recalibration: int, compute: Compute, plain: bool) -> Callable[[], float]:
     model, graph, ranking = dense_network()
-    images = random_images(count + recalibration, compute.device)
+    images = random_images(count + max(recalibration, 1), compute.device)  # a set without images is refused
     if plain:
         return lambda: plain_loss(models.load_weights(model, DENSE), graph, ranking, images[:count], images[count:])
     data = Dataset("random", list("0123456789"), images, torch.arange(count), images)

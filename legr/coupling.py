@@ -38,7 +38,7 @@ from legr.files import UserError
 from legr.graph import Graph, Layer, Operation, because
 
 FIXED = 0  # the label of channels that must stay
-FLAG = "_training_flag"  # the name of a `Flag` in the traced network
+ADDED = "_added_by_trace"  # how names begin of what only the traced network has, `Flag` and `Function`
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}  # of layers that are cut
 Labels = Tensor  # int64 [channels]
 
@@ -50,13 +50,25 @@ class Flag(nn.Module):
         return self.training
 
 
+class Function(nn.Module):
+    """Calls a torch.autograd.Function, whose gradient torch.fx does not record."""
+
+    def __init__(self, function: type):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by their names."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def shapes_of(module: nn.Module) -> dict[str, Any]:
-    return {name: None if is_lazy(tensor) else tuple(tensor.shape) for name, tensor in tensors_of(module).items()}
+    """Of the parameters; what else a module has may come and go, such as a profiler's counters."""
+    return {name: None if is_lazy(p) else tuple(p.shape) for name, p in module.named_parameters()}
 
 
 class _Whole(Exception):
@@ -145,11 +157,10 @@ class Labeller(fx.Interpreter):
                 why = "it gives another shape than usual"
             except Exception as error:  # of any kind: a call that the rule does not know
                 why = str(error) if isinstance(error, _Whole) else "it mixes channels, or is called in an unusual way"
-            what, owner = n.target, next(reversed(n.meta.get("nn_module_stack") or {}), "(the network itself)")
-            if n.op == "call_module":
-                what, owner = type(self.layer), n.target
+            owner = next(reversed(n.meta.get("nn_module_stack") or {}), "(the network itself)")
+            what = type(self.layer).__name__ if n.op == "call_module" else getattr(n.target, "__name__", n.target)
             if n.op == "call_module" or any(x.any() for x in mapped):
-                self.whole.setdefault(owner, f"{getattr(what, '__name__', what)}: {why}")
+                self.whole.setdefault(owner.partition("@")[0], f"{what}: {why}")
         for x in mapped:
             self.join(x, _fixed(x))
         return fixed
@@ -202,7 +213,7 @@ class Labeller(fx.Interpreter):
 
         def trained(x: Tensor) -> Tensor:
             torch.manual_seed(0)
-            return copy.deepcopy(self.layer).train()(x.clone())
+            return copy.deepcopy(self.layer).train()(*fx.node.map_arg(self.node.args, lambda _: x.clone()))
 
         half, fewer = torch.rand(output.shape, device=output.device) < 0.5, output[:, 1:]
         mixes = not torch.equal(trained(output)[half], trained(torch.where(half, output, 0))[half])
@@ -242,8 +253,10 @@ class Labeller(fx.Interpreter):
         tensors = tensors_of(self.layer) if module else {}
         if any(self.uses[id(t)] > 1 for t in tensors.values()):
             raise _Whole("its weights are used twice")
-        if set(tensors) - TENSORS:
+        # What PyTorch's own forward pass does not read may be there, such as a profiler's counters.
+        if set(tensors) - TENSORS and not type(self.layer).forward.__module__.startswith("torch.nn"):
             raise _Whole("it has tensors of its own")
+        tensors = {name: t for name, t in tensors.items() if name in TENSORS}
         kernel = sum(t[0, 0].numel() for t in tensors.values() if t.dim() > 1)
         positions = prod(self.value.shape[1:]) // len(outputs)
         vectors = sum(isinstance(t, nn.Parameter) for t in tensors.values() if t.dim() == 1)
@@ -293,7 +306,7 @@ def _linear(net: Labeller, x: Tensor) -> Tensor:
 def _by_channel(net: Labeller, x: Tensor) -> Tensor:
     """Parameters and buffers [C]: BatchNorm, PReLU."""
     labels = net.channels(x)
-    if sum(p.numel() for p in net.layer.parameters()) > 1 or list(net.layer.buffers()):
+    if any(t.dim() == 1 and len(t) > 1 for name, t in tensors_of(net.layer).items() if name in TENSORS):
         net.operation(labels, labels)
     return x
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from legr.files import Settings, UserError, digest, tensors_digest
+from legr.files import Settings, UserError, digest, tensor_of, tensors_digest
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # inputs float32 [B, C, H, W], labels int64 [B]
 NORMALIZATIONS = {
@@ -82,12 +82,13 @@ class Images:
     normalization: Normalization = field(default_factory=Normalization)
 
     def __post_init__(self):
-        for name, dtype, dims in (("pixels", torch.uint8, 4), ("labels", torch.int64, 1)):
-            tensor = getattr(self, name)
+        for name, dtype, dims in (("labels", torch.int64, 1), ("pixels", torch.uint8, 4)):
+            tensor = tensor_of(getattr(self, name), name)
+            object.__setattr__(self, name, tensor)
             if tensor.dtype != dtype or tensor.dim() != dims or len(tensor) != len(self.labels):
-                wanted = f"it must be {dtype} [N{', C, H, W' * (dims == 4)}], with {len(self.labels)} labels"
-                raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}; {wanted}")
-        check_channels(self.normalization, self.shape[0])
+                shape = f"[N, C, H, W], with {len(self.labels)} labels" if name == "pixels" else "[N]"
+                raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be {dtype} {shape}")
+        check_set(self)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -174,11 +175,13 @@ class Images:
         return F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
 
 
-def check_channels(normalization: Normalization, channels: int) -> None:
-    """Raise UserError unless `normalization` is for images of so many channels."""
+def check_set(images: "Images | ImageFiles") -> None:
+    """Raise UserError unless there are images, and their normalization is for as many channels as they have."""
+    if not len(images):
+        raise UserError("labels has no images; a set must have one or more")
     for name in ("mean", "std"):
-        if (count := len(getattr(normalization, name))) not in (1, channels):
-            raise UserError(f"normalization.{name} has {count} numbers; the images have {channels} channels")
+        if (count := len(getattr(images.normalization, name))) not in (1, images.shape[0]):
+            raise UserError(f"normalization.{name} has {count} numbers; the images have {images.shape[0]} channels")
 
 
 def shrunk(shape: tuple[int, int, int], side: int) -> tuple[int, int]:
@@ -205,7 +208,7 @@ class ImageFiles(torch.utils.data.Dataset):
     transform: Callable | None = None
 
     def __post_init__(self):
-        check_channels(self.normalization, self.shape[0])
+        check_set(self)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -291,9 +294,12 @@ class Dataset:
     def __post_init__(self):
         for name in ("train", "test"):
             images = getattr(self, name)
-            if len(images) and not 0 <= images.labels.min() <= images.labels.max() < len(self.classes):
+            if not 0 <= images.labels.min() <= images.labels.max() < len(self.classes):
                 least, most = images.labels.min(), images.labels.max()
                 raise UserError(f"{name} has labels {least} to {most}; there are {len(self.classes)} classes")
+        if not 0 < len(self.holdout_index) < len(self.train):
+            allowed = f"between 1 and {len(self.train) - 1}, the training images less one"
+            raise UserError(f"holdout_index has {len(self.holdout_index)} images; it must have {allowed}")
         (one, scaled), (other, also) = ((images.shape, images.normalization) for images in (self.train, self.test))
         if one != other or scaled != also:
             raise UserError(f"train has images {list(one)}, test {list(other)}; shape and normalization must be equal")

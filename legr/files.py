@@ -4,14 +4,17 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
@@ -26,6 +29,24 @@ class Settings(BaseModel):
     """Values that a user sets: checked, not changed afterwards, and refused where the name is unknown."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def tensor_of(value: Any, name: str) -> torch.Tensor:
+    """A tensor of numbers out of a tensor, a NumPy array or a list; `name` is for the UserError about what is none."""
+    try:
+        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        if not tensor.is_complex():
+            return tensor.detach()
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise UserError(f"{name} is of type {type(value).__name__}; it must be a tensor or array of real numbers")
+
+
+def number_of(value: Any) -> float:
+    """A number out of Python's, NumPy's or a tensor of one; NaN out of anything else."""
+    one = isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0
+    value = value.item() if one else value
+    return float(value) if isinstance(value, Real) else math.nan
 
 
 @contextmanager

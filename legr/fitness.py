@@ -61,7 +61,7 @@ class Fitness:
         generator = torch.Generator().manual_seed(self.seed)
         train = self.data.fit
         shuffled = torch.randperm(len(train), generator=generator)[: self.settings.recalibration_images]
-        self.recalibration = train[shuffled].load().to(self.compute.device)
+        self.recalibration = train[shuffled].load().to(self.compute.device) if len(shuffled) else None
         self.train = train.to(self.compute.device) if self.settings.steps else None
         picked = torch.randperm(len(self.data.holdout_index), generator=generator)[: self.settings.validation_images]
         self.validation = self.data.train[self.data.holdout_index[picked]].load().to(self.compute.device)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from legr.files import UserError
+from legr.files import UserError, tensor_of
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,10 @@ class Graph:
         mask = np.ones(self.unit_count + 1, bool)  # the last one for filters that must stay
         if kept is None:
             return mask[:-1]
-        check_per_layer(self, kept, "kept")
-        stays = torch.cat([*map(Tensor.cpu, kept), torch.tensor([True])]).numpy()
+        stays = torch.cat([*per_layer(self, kept, "kept"), torch.ones(1)]).numpy()
+        if not np.isin(stays, (0, 1)).all():
+            raise UserError("kept has a value that is neither True nor False")
+        stays = stays.astype(bool)
         mask[self._units[~stays]] = False
         mask[-1] = True
         if (split := mask[self._units] != stays).any():
@@ -131,10 +133,15 @@ def because(whole: dict[str, str]) -> str:
     return f"; {len(whole)} modules stay whole (Graph.whole){first[0]}" if first else ""
 
 
-def check_per_layer(graph: Graph, values: Sequence[Tensor], name: str) -> None:
-    """Raise UserError unless `values` has one tensor [width] for each layer of `graph`."""
+def per_layer(graph: Graph, values: Sequence[Tensor], name: str) -> list[Tensor]:
+    """`values` as one float64 tensor [width] on the CPU for each layer of `graph`; UserError where they are others."""
+    if not hasattr(values, "__len__") or isinstance(values, dict | str):
+        raise UserError(f"{name} is of type {type(values).__name__}; it must be a list with one tensor per layer")
     if len(values) != len(graph.layers):
         raise UserError(f"{name} has {len(values)} layers; this network has {len(graph.layers)} prunable layers")
+    tensors = []
     for layer, value in zip(graph.layers, values, strict=True):
-        if tuple(value.shape) != (layer.width,):
-            raise UserError(f"{name} for layer {layer.name} has shape {list(value.shape)}; it must be [{layer.width}]")
+        tensors.append(tensor_of(value, f"{name} for layer {layer.name}").cpu().double())
+        if (shape := list(tensors[-1].shape)) != [layer.width]:
+            raise UserError(f"{name} for layer {layer.name} has shape {shape}; it must be [{layer.width}]")
+    return tensors

@@ -5,7 +5,6 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from legr.files import UserError, read_json, write_json
-from legr.graph import Graph, because, check_per_layer
+from legr.files import UserError, number_of, read_json, tensor_of, write_json
+from legr.graph import Graph, because, per_layer
 
 FLOOR = 0.1  # a layer of n filters never loses more than floor(0.9·n) (CIFAR-10; 0.2 on ImageNet)...
 MIN_WIDTH = 2  # ...and never ends with fewer than 2
@@ -30,7 +29,7 @@ def filter_norms(model: nn.Module, graph: Graph) -> list[Tensor]:
     except AttributeError as error:
         raise UserError(f"model is not the network that graph was traced from ({error})") from None
     norms = [w.contiguous().float().pow(2).sum(tuple(range(1, w.dim()))) for w in weights]
-    check_per_layer(graph, norms, "model")
+    per_layer(graph, norms, "model")
     for layer, norm in zip(graph.layers, norms, strict=True):
         if not norm.isfinite().all():
             raise UserError(f"layer {layer.name} has weights that are not finite numbers")
@@ -46,10 +45,10 @@ class Ranking:
 
     def __post_init__(self):
         for name in ("scale", "shift"):
-            values = tuple(float(x) for x in getattr(self, name))
-            if not all(map(math.isfinite, values)):
-                raise UserError(f"ranking {name} has a value that is not a finite number")
-            object.__setattr__(self, name, values)
+            values = tensor_of(getattr(self, name), f"ranking {name}").double()
+            if values.dim() != 1 or not values.isfinite().all():
+                raise UserError(f"ranking {name} is not one number per layer, or has one that is not a finite number")
+            object.__setattr__(self, name, tuple(values.tolist()))
         if len(self.scale) != len(self.shift):
             raise UserError(
                 f"ranking has {len(self.scale)} scales and {len(self.shift)} shifts; it must have one of each per layer"
@@ -64,7 +63,8 @@ class Ranking:
         """Eq. 1, I_i = α_l ‖Θ_i‖² + κ_l: one float64 tensor [width] per layer."""
         if len(norms) != len(self.scale):
             raise UserError(f"ranking has {len(self.scale)} layers; this network has {len(norms)} prunable layers")
-        return [a * n.double() + k for a, k, n in zip(self.scale, self.shift, norms, strict=True)]
+        norms = [tensor_of(norm, "norms").double() for norm in norms]
+        return [a * n + k for a, k, n in zip(self.scale, self.shift, norms, strict=True)]
 
     def save(self, path: str | Path) -> None:
         write_json(path, {"scale": self.scale, "shift": self.shift})
@@ -73,12 +73,10 @@ class Ranking:
     def load(cls, path: str | Path) -> "Ranking":
         value = read_json(path, "ranking; learn it first (the ranking stage)")
         try:
-            return cls(tuple(map(float, value["scale"])), tuple(map(float, value["shift"])))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f": {error}" if isinstance(error, UserError) else ""
-            raise UserError(
-                f"ranking {path} is not a JSON object with the lists of numbers 'scale' and 'shift'{reason}"
-            ) from None
+            return cls(value["scale"], value["shift"])
+        except (KeyError, TypeError, UserError) as error:
+            wanted = "a JSON object with the lists of numbers 'scale' and 'shift'"
+            raise UserError(f"ranking {path} is not {wanted}: {error}") from None
 
 
 def select(
@@ -109,13 +107,14 @@ def select(
         UserError: if the floors make the target unreachable; says the lowest reachable fraction.
     """
     score = _sum_over_units(graph, scores, "scores")
-    if not (isinstance(target, Real) and 0 < target <= 1):
+    if not 0 < number_of(target) <= 1:
         raise UserError(f"target is {target}; it must be a fraction of the dense network's cost, above 0 and at most 1")
-    if not 0 <= floor < 1:
+    if not 0 <= number_of(floor) < 1:
         raise UserError(f"floor is {floor}; it must be at least 0 and below 1")
     if unknown := set(keep) - {layer.name for layer in graph.layers}:
         raise UserError(f"keep names {min(unknown)!r}; it must name prunable layers, such as {graph.layers[0].name!r}")
 
+    target, floor = number_of(target), number_of(floor)
     dropped = _droppable(graph, np.argsort(score, kind="stable"), floor, keep)
     cost = cost or graph.flops
 
@@ -158,8 +157,7 @@ def select_uniform(graph: Graph, norms: Sequence[Tensor], target: float, **optio
 
 def _sum_over_units(graph: Graph, values: Sequence[Tensor], name: str) -> np.ndarray:
     """The sum over each unit's filters, float64 [units]."""
-    check_per_layer(graph, values, name)
-    summed = torch.cat([value.detach().cpu().double() for value in values]).numpy()
+    summed = torch.cat(per_layer(graph, values, name)).numpy()
     if not np.isfinite(summed).all():
         raise UserError(f"{name} have a value that is not a finite number")
     return np.bincount(np.concatenate(graph.units) + 1, summed)[1:]  # the first one: of filters that must stay

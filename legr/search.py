@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +151,8 @@ def learn_ranking(
 ) -> SearchResult:
     """Learn α and κ by Algorithm 1, evaluating candidates at the lowest FLOP count of interest.
 
-    Many mutants cut the same network as a candidate before them; every network is evaluated once.
+    Many mutants cut the same network as a candidate before them; every network is evaluated once. Where all have one
+    loss, the ranking is norm-only, and a warning says why.
 
     Args:
         data: candidates are judged on `data.holdout`; recalibration and steps use `data.fit`.
@@ -197,6 +199,11 @@ def learn_ranking(
         if log:
             log(evolution.history[-1])
     history, candidates = pd.DataFrame(evolution.history), evolution.candidates
+    if finalists is None and len(history) > 1 and history.loss.nunique() == 1:
+        why = f"have the loss {history.loss[0]:.6g} on {len(judge.validation)} images of {len(data.classes)} classes"
+        why = "cut the same network" if len(seen) == 1 else why
+        warnings.warn(f"all candidates of the search {why}, so the ranking is norm-only", stacklevel=2)
+        return SearchResult(Ranking.norm_only(len(judge.norms)), history, candidates)
     if finalists is None:
         return SearchResult(evolution.best, history, candidates)
     looked_at = _second_look(judge, history, candidates, finalists, state_folder)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from legr.coupling import FLAG, shapes_of
+from legr.coupling import ADDED, TENSORS, shapes_of, tensors_of
 from legr.files import UserError
 from legr.graph import Graph
 
@@ -44,11 +44,11 @@ def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:
         if part is None and operation:
             _thin_pad(node, len(stay[0]), stay[1])
         elif part is not None:
-            cut = operation is not None and not (stay[0].all() and stay[1].all())
-            parts[path] = _thin(part, *stay) if cut else copy.deepcopy(part, copies)
+            whole = operation is None or (stay[0].all() and stay[1].all())
+            parts[path] = copy.deepcopy(part, copies) if whole else _thin(part, *stay)
     small = fx.GraphModule(parts, pruned, class_name=type(model).__name__)
     for path, module in small.named_modules():
-        path = path.removesuffix(FLAG).rstrip(".")  # a flag goes with the module that it is in
+        path = path.partition(ADDED)[0].rstrip(".")  # a flag goes with the module that it is in
         module.training = model.get_submodule(path).training
         if path in graph.frozen or (isinstance(module, _BatchNorm) and model.training and not module.training):
             module.train = partial(_stay_in_eval, module)
@@ -62,13 +62,11 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def _thin(module: nn.Module, into: np.ndarray, out: np.ndarray) -> nn.Module:
     """A copy of a convolution, BatchNorm or linear layer with only the channels that stay."""
-    tensors = {name: t for name, t in module.state_dict(keep_vars=True).items() if t.dim() > 0}
+    tensors = {name: t for name, t in tensors_of(module).items() if name in TENSORS and t.dim() > 0}
     thin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors.values()})  # shares what is cut below
     for name, tensor in tensors.items():
-        cut = tensor.detach()
-        for dim, stays in enumerate((out, into)[: cut.dim()]):
-            cut = cut.index_select(dim, torch.from_numpy(np.flatnonzero(stays)).to(cut.device))
-        setattr(thin, name, nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut)
+        less = cut(tensor.detach(), into, out)
+        setattr(thin, name, nn.Parameter(less, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else less)
     if isinstance(module, nn.Conv2d):
         thin.out_channels = int(out.sum())
         if module.groups == module.in_channels == module.out_channels:  # depthwise
@@ -79,6 +77,13 @@ def _thin(module: nn.Module, into: np.ndarray, out: np.ndarray) -> nn.Module:
     else:
         thin.num_features = int(out.sum())
     return thin
+
+
+def cut(tensor: Tensor, into: np.ndarray, out: np.ndarray) -> Tensor:
+    """A weight [out, in, ...], or a vector [out], with only the channels that stay."""
+    for dim, stays in enumerate((out, into)[: tensor.dim()]):
+        tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(stays)).to(tensor.device))
+    return tensor
 
 
 def _thin_pad(node: fx.Node, inner: int, out: np.ndarray) -> None:

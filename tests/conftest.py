@@ -142,6 +142,23 @@ def silenced(model: nn.Module, graph: legr.Graph, kept: list[torch.Tensor]) -> n
     return model
 
 
+def assert_same_gradients(small, masked, graph, kept, x, rounding=1e-4):
+    """Of every parameter of a pruned network and of the masked one, beside the largest of all."""
+    units, operations = graph.kept_units(kept), {o.module: o for o in graph.operations}
+    for network in (small, masked):
+        torch.manual_seed(0)
+        out = network(x)
+        (out * torch.arange(out.numel(), dtype=out.dtype).cos().view(out.shape)).sum().backward()
+    largest = max(p.grad.abs().max().item() for p in small.parameters())
+    for name, parameter in small.named_parameters():
+        expected = masked.get_parameter(name).grad
+        if operation := operations.get(name.rpartition(".")[0]):
+            for dim, side in enumerate((operation.outputs, operation.inputs)[: expected.dim()]):
+                stay = torch.from_numpy(graph.kept_channels(units, side).nonzero()[0])
+                expected = expected.index_select(dim, stay)
+        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=rounding * largest)
+
+
 def environment(folder):
     """For processes that run the folder's code, not that which is installed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

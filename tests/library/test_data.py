@@ -101,6 +101,9 @@ def test_what_is_no_set_of_images_is_refused():
         ({"pixels": pixels[0]}, r"pixels is torch.uint8 \[3, 8, 8\]"),
         ({"pixels": pixels[:3]}, r"pixels is torch.uint8 \[3, 3, 8, 8\]; .* with 4 labels"),
         ({"labels": labels.float()}, r"labels is torch.float32 \[4\]; it must be torch.int64 \[N\]"),
+        ({"pixels": pixels[:0], "labels": labels[:0]}, "labels has no images; a set must have one or more"),
+        ({"pixels": "pixels"}, "pixels is of type str; it must be a tensor or array of real numbers"),
+        ({"labels": 3}, r"labels is torch.int64 \[\]; it must be torch.int64 \[N\]"),
         ({"pixels": pixels[:, :1]}, "normalization.mean has 3 numbers; the images have 1 channels"),
     ):
         with pytest.raises(legr.UserError, match=message):
@@ -111,6 +114,14 @@ def test_what_is_no_set_of_images_is_refused():
     ):
         with pytest.raises(legr.UserError, match=message):
             Dataset("noise", list("abcd"), noise(4, 8), torch.tensor([0]), test)
+    for held in ([], range(4)):
+        with pytest.raises(legr.UserError, match=f"holdout_index has {len(held)} images; it must have between 1 and 3"):
+            Dataset("noise", list("abcd"), noise(4, 8), torch.tensor([*held]), noise(4, 8))
+
+
+def test_images_may_be_numpys():
+    images = noise(4, 8)
+    assert Images(images.pixels.numpy()[::-1], images.labels.numpy()[::-1]).digest() == images[[3, 2, 1, 0]].digest()
 
 
 @pytest.mark.parametrize("crop", ["pad", "resized"])

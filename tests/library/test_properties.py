@@ -15,7 +15,7 @@ from torchvision.ops import StochasticDepth
 import legr
 from legr.models import BasicBlock
 from legr.ranking import FLOOR, MIN_WIDTH
-from tests.conftest import random_kept, settle, silenced
+from tests.conftest import assert_same_gradients, random_kept, settle, silenced
 from tests.library.test_graph import counted
 
 SHAPES = st.sampled_from([(3, 12, 12), (1, 12, 9), (4, 7, 12), (3, 16, 5)])
@@ -133,6 +133,8 @@ def test_pruned_equals_masked_in_both_modes_and_flops_equal_pytorchs(made, seed,
     x, masked = torch.randn(2, *shape), silenced(model, graph, kept)
     for training in (False, True):
         outputs = []
+        if not training:
+            assert_same_gradients(small, masked, graph, kept, x)
         for network in (masked.train(training), small.train(training)):
             torch.manual_seed(0)
             with torch.no_grad():

@@ -50,6 +50,31 @@ def test_eq_1_and_the_norms(small):
         legr.filter_norms(model, graph)
 
 
+@pytest.mark.parametrize("as_given", [lambda t: t.numpy(), lambda t: t.tolist(), lambda t: t.half()])
+def test_arrays_lists_and_tensors_of_one_number_are_taken(small, as_given):
+    model, graph = small
+    given = [as_given(norm.round()) for norm in legr.filter_norms(model, graph)]
+    for select in (legr.select, legr.select_uniform):
+        expected = select(graph, [norm.round() for norm in legr.filter_norms(model, graph)], 0.5)
+        for target in (torch.tensor(0.5), np.array(0.5), np.float32(0.5)):
+            assert all(map(torch.equal, expected, select(graph, given, target)))
+    masks = [as_given(mask.int()) for mask in expected]
+    assert graph.flops(masks) == graph.flops(expected)
+    assert set(legr.prune(model, graph, masks).state_dict()) == set(model.state_dict())
+    ranking = legr.Ranking(as_given(torch.ones(7)), torch.zeros(7))
+    assert ranking == legr.Ranking.norm_only(7)
+    assert [score.tolist() for score in ranking.scores(given)] == [np.asarray(norm).tolist() for norm in given]
+
+
+def test_a_ranking_of_no_numbers_and_masks_of_others_are_refused(small):
+    for wrong in (2.0, "12", None, [[1.0, 2.0]], [1.0, "a"], [float("nan")]):
+        with pytest.raises(legr.UserError, match="ranking scale (is of type|is not one number per layer)"):
+            legr.Ranking(wrong, [0.0])
+    masks = [torch.full((width,), 2) for width in small[1].widths]
+    with pytest.raises(legr.UserError, match="kept has a value that is neither True nor False"):
+        legr.prune(*small, masks)
+
+
 def test_a_ranking_survives_saving(tmp_path):
     ranking = legr.Ranking([0.1, 1 / 3], [-1e-17, 5.0])
     ranking.save(tmp_path / "ranking.json")
@@ -95,6 +120,10 @@ def test_layers_to_keep_stay_whole_with_all_that_is_coupled(method):
         ({"floor": 1}, "floor is 1; it must be at least 0 and below 1"),
         ({"floor": -0.1}, "floor is -0.1; it must be"),
         ({"scores": [torch.zeros(3)] * 7}, r"for layer conv1 has shape \[3\]; it must be \[16\]"),
+        ({"target": torch.tensor(1.5)}, "target is 1.5; it must be a fraction"),
+        ({"target": "0.5"}, "target is 0.5; it must be a fraction"),
+        ({"scores": None}, "(scores|norms) is of type NoneType; it must be a list with one tensor per layer"),
+        ({"scores": ["a"] * 7}, "for layer conv1 is of type str; it must be a tensor or array of real numbers"),
         ({"scores": [torch.tensor([torch.nan] * w) for w in (16, 16, 16, 32, 32, 64, 64)]}, "not a finite number"),
     ],
 )

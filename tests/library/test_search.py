@@ -1,9 +1,12 @@
 """Algorithm 1: what it draws, and that it can be interrupted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 import legr
 from legr import search as search_module
@@ -168,6 +171,22 @@ def test_a_second_look_trains_the_best_candidates_and_norm_only(small, digits, c
     assert 4 < len(list(tmp_path.glob("training-*.pt"))) <= 4 * 2  # a network may be that of two rankings
     again = learn_ranking(*small, digits, 0.6, finalists=finalists, **options)
     assert again.finalists.equals(table)
+
+
+@pytest.mark.parametrize(
+    ("classes", "target", "why"),
+    [(10, 1.0, "cut the same network"), (1, 0.6, "have the loss 0 on 64 images of 1 classes")],
+)
+def test_where_nothing_is_decided_the_ranking_is_norm_only_and_says_why(small, digits, compute, classes, target, why):
+    model, graph = small
+    if classes == 1:
+        model.linear = nn.Linear(64, 1)
+        graph = legr.trace(model, torch.zeros(1, 3, 32, 32))
+        train, test = (replace(images, labels=images.labels * 0) for images in (digits.train, digits.test))
+        digits = replace(digits, classes=["digit"], train=train, test=test)
+    with pytest.warns(UserWarning, match=f"all candidates of the search {why}, so the ranking is norm-only"):
+        ranking, *_ = learned((model, graph), digits, compute, flops=target)
+    assert ranking == legr.Ranking.norm_only(7)
 
 
 def test_targets_may_be_numpys(small, digits, compute):

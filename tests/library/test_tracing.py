@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+from torchvision.transforms.v2 import Normalize
 
 import legr
 from legr.data import Images
 from legr.fitness import for_evaluation
 from legr.training import recalibrate
-from tests.conftest import settle, silenced
+from tests.conftest import assert_same_gradients, settle, silenced
 from tests.library.test_graph import counted
 
 
@@ -53,6 +54,37 @@ class DropPath(nn.Module):
 
     def forward(self, x):
         return x * (torch.rand(x.shape[0], 1, 1, 1) < 0.5) if self.training else x
+
+
+class Scaled(torch.autograd.Function):
+    """Passes on what it gets, and the gradient times a number; without one, by the number of channels."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (ctx.factor or 1 / gradient.shape[1]), None
+
+
+class Reversal(nn.Module):
+    def forward(self, x):
+        return Scaled.apply(x, -1.0)
+
+
+def chunks(own, x):
+    parts = list(x.chunk(2, 1))
+    parts.extend(layer(parts[-1]) for layer in own.a)
+    return torch.cat(parts, 1)
+
+
+def counted_by_a_profiler():
+    net = Net(lambda own, x: own.b(own.a(x)), a=nn.BatchNorm2d(8), b=nn.PReLU())
+    for module in net.modules():
+        module.register_buffer("total_ops", torch.zeros(1, dtype=torch.float64))
+    return net
 
 
 def squeeze_and_excite(own, x):
@@ -116,6 +148,24 @@ NETWORKS = {  # name: (network, its prunable layers, what stays whole)
     "used twice": (lambda: Net(again, inner=conv()), ["conv2"], ("inner", "used twice")),
     "tied": (tied, ["conv2"], ("b", "used twice")),
     "groups": (lambda: Net(lambda own, x: own.a(x), a=conv(groups=2)), ["conv2"], ("a", "groups")),
+    "gradient reversal": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), Reversal(), Net()), ["0", "2.conv1", "2.conv2"], None,
+    ),
+    "function of its own": (lambda: Net(lambda own, x: Scaled.apply(x, -1.0)), ["conv1", "conv2"], None),
+    "gradient by width": (
+        lambda: Net(lambda own, x: Scaled.apply(x, None)), ["conv2"], ("itself", "computes otherwise"),
+    ),
+    "list of chunks": (
+        lambda: Net(chunks, 12, a=nn.ModuleList([nn.Conv2d(4, 4, 1)])), ["a.0", "conv2"], ("itself", "chunk"),
+    ),
+    "unpacked sizes": (
+        lambda: Net(lambda own, x: x * x.view(*x.shape[: len(x.shape) - 2], -1).mean(2)[:, :, None, None]),
+        ["conv1", "conv2"], None,
+    ),
+    "profiler": (counted_by_a_profiler, ["conv1", "conv2"], None),
+    "normalization": (
+        lambda: nn.Sequential(Normalize([0.5] * 3, [0.2] * 3), Net()), ["1.conv1", "1.conv2"], ("0", "Normalize"),
+    ),
     "log-softmax behind BatchNorm": (
         lambda: nn.Sequential(Net(), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3), nn.LogSoftmax(1)),
         ["0.conv1", "0.conv2"], None,
@@ -136,8 +186,9 @@ def test_the_pruned_network_is_the_masked_one(name):
     kept = legr.select(graph, legr.filter_norms(model, graph), target=0.9, cost=graph.params)
     small, x = legr.prune(model, graph, kept), torch.randn(2, 3, 8, 8)
     assert graph.params(kept) == sum(p.numel() for p in small.parameters()) < graph.params()
-    with torch.no_grad():
-        torch.testing.assert_close(small(x), silenced(copy.deepcopy(model), graph, kept)(x), rtol=1e-4, atol=1e-5)
+    masked = silenced(copy.deepcopy(model), graph, kept)
+    torch.testing.assert_close(small(x), masked(x), rtol=1e-4, atol=1e-5)
+    assert_same_gradients(small, masked, graph, kept, x)
 
 
 def dropped(own, x):
@@ -153,6 +204,12 @@ def without_gradient(own, x):
         return own.a(x)
 
 
+def hooked():
+    inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    inner.register_full_backward_hook(lambda module, before, after: (-before[0],))
+    return nn.Sequential(nn.Conv2d(3, 3, 1), inner, Net())
+
+
 def images(*shape, **options):
     return torch.zeros(1, *(shape or (3, 8, 8)), **options)
 
@@ -166,6 +223,7 @@ WEIGHT_NORM = parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
         (Net(branching), images(), "module .* can't be traced by torch.fx: .*control flow"),
         (Net(lambda own, x: x * 2 if own.training else x), images(), "other things in training than in evaluation"),
         (Net(without_gradient, a=conv()), images(), r"gradient of .* differs in evaluation when .*torch.no_grad"),
+        (hooked(), images(), "the gradient of 0.bias differs in evaluation when it is traced, by something .*a hook"),
         (nn.Sequential(nn.DataParallel(Net())), images(), r"model\.0 is a DataParallel; hand in model\.0\.module"),
         (nn.Sequential(WEIGHT_NORM), images(), "module 0 computes its weight from other tensors; remove that first"),
         (nn.Sequential(nn.LazyConv2d(8, 3), Net()), images(), "0.weight is lazy, complex or on the meta device"),
