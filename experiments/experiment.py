@@ -66,7 +66,7 @@ class Experiment:
     @property
     def out(self) -> Path:
         """Where the stage writes, made here. The pipeline swaps it in when the notebook has run to its end."""
-        out = self.state / "part" if self.results == "results" else self.folder / self.stage
+        out = self.state / "unfinished" if self.results == "results" else self.folder / self.stage
         out.mkdir(parents=True, exist_ok=True)
         return out
 

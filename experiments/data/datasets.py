@@ -58,10 +58,10 @@ def cifar10(settings: DataSettings, downloads: Path) -> Read:
     else:
         if settings.shape != (3, 32, 32):
             raise UserError(f"data.resolution is {settings.resolution}; cifar10 has images of 32 by 32, in colour")
-        parts = [_downloaded(CIFAR10, settings, downloads, train=train) for train in (True, False)]
-        pixels = [torch.tensor(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-        every = (_images(settings, x, torch.tensor(part.targets)) for x, part in zip(pixels, parts, strict=True))
-        classes, (train, test) = parts[0].classes, (images[images.labels.argsort(stable=True)] for images in every)
+        splits = [_downloaded(CIFAR10, settings, downloads, train=train) for train in (True, False)]
+        pixels = [torch.tensor(split.data).permute(0, 3, 1, 2).contiguous() for split in splits]
+        every = (_images(settings, x, torch.tensor(split.targets)) for x, split in zip(pixels, splits, strict=True))
+        classes, (train, test) = splits[0].classes, (images[images.labels.argsort(stable=True)] for images in every)
     if classes != CIFAR10_CLASSES or (len(train), len(test)) != (50_000, 10_000):
         raise UserError(
             f"data folder {_folder_of(settings)} has {len(train):,} training and {len(test):,} test images of "
@@ -234,7 +234,7 @@ def prepare(settings: DataSettings, downloads: Path, path: Path) -> None:
     classes, train, test, left_out = DATASETS[settings.name].read(settings, downloads)
     holdout = hold_out(train.labels, settings.holdout, settings.seed)
     labels = {"train": train.labels, "of it held out": train.labels[holdout], "test": test.labels}
-    counts = {part: each.bincount(minlength=len(classes)) for part, each in labels.items()}
+    counts = {split: each.bincount(minlength=len(classes)) for split, each in labels.items()}
     table = pd.DataFrame(counts, classes)
     alone = table.index[table["train"] == table["of it held out"]]
     if len(alone):
@@ -292,9 +292,9 @@ def load(path: Path, settings: DataSettings) -> Dataset:
     if state["settings"] != settings.model_dump():
         raise UserError(f"images {path} were prepared with other settings; run the data stage (dvc repro) again")
     train, test = (
-        (ImageFiles if "root" in part else Images)(
-            **part, augmentation=settings.augmentation, normalization=settings.normalization
+        (ImageFiles if "root" in split else Images)(
+            **split, augmentation=settings.augmentation, normalization=settings.normalization
         )
-        for part in (state["train"], state["test"])
+        for split in (state["train"], state["test"])
     )
     return Dataset(settings.name, state["classes"], train, state["holdout"], test)

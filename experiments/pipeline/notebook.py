@@ -47,11 +47,11 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     warnings.filterwarnings("ignore", module="papermill|nbclient|jupyter")
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
-    with swapped_in(root, f"{scale}/{experiment}/{stage}") as part:
+    with swapped_in(root, f"{scale}/{experiment}/{stage}") as folder:
         try:
             papermill.execute_notebook(
                 root / "notebooks" / f"{NOTEBOOKS[kind]}.ipynb",
-                part / "notebook.ipynb",
+                folder / "notebook.ipynb",
                 parameters | ({"method": method} if method else {}),
                 cwd=root / "notebooks",
                 progress_bar=False,
@@ -70,7 +70,7 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
         except RuntimeError as error:
             raise StageFailed(f"kernel of notebook {NOTEBOOKS[kind]} did not start, or ended: {error}") from None
         # What differs from run to run and is no result goes: progress bars, times, kernel details.
-        notebook, upwards = nbformat.read(part / "notebook.ipynb", as_version=4), "../" * (3 + len(stage.split("/")))
+        notebook, upwards = nbformat.read(folder / "notebook.ipynb", as_version=4), "../" * (3 + len(stage.split("/")))
         notebook.metadata = {"kernelspec": notebook.metadata.kernelspec}
         for number, cell in enumerate(notebook.cells):
             cell.id = f"cell-{number}"
@@ -79,7 +79,7 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             else:  # links lead to the same files from the stage's folder
                 cell.source = cell.source.replace("](../", f"]({upwards}")
-        nbformat.write(notebook, part / "notebook.ipynb")
+        nbformat.write(notebook, folder / "notebook.ipynb")
 
 
 @contextmanager
@@ -89,17 +89,17 @@ def swapped_in(root: Path, relative: str) -> Iterator[Path]:
     What an interrupted stage resumes from lies beside it, and goes when the stage has ended.
     """
     state, final = root / ".state/results" / relative, root / "results" / relative
-    shutil.rmtree(state / "part", ignore_errors=True)
-    (state / "part").mkdir(parents=True)
+    shutil.rmtree(state / "unfinished", ignore_errors=True)
+    (state / "unfinished").mkdir(parents=True)
     try:
-        yield state / "part"
+        yield state / "unfinished"
     except BaseException:
-        shutil.rmtree(state / "part")
+        shutil.rmtree(state / "unfinished")
         with suppress(OSError):
             os.removedirs(state)  # and folders above it, where nothing else is in them
         raise
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
         final.rename(state / "before")
-    (state / "part").rename(final)
+    (state / "unfinished").rename(final)
     shutil.rmtree(state, ignore_errors=True)

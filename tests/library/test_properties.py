@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torchvision.ops import StochasticDepth
@@ -18,6 +18,7 @@ from legr.ranking import FLOOR, MIN_WIDTH
 from tests.conftest import assert_same_gradients, random_kept, settle, silenced
 from tests.library.test_graph import counted
 
+EXAMPLES = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
 SHAPES = st.sampled_from([(3, 12, 12), (1, 12, 9), (4, 7, 12), (3, 16, 5)])
 
 
@@ -120,7 +121,7 @@ def networks(draw, check=True):
         assume(False)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=20, **EXAMPLES)
 @given(networks(), st.integers(0, 1000), st.sampled_from([0.2, 0.5, 0.8]))
 def test_pruned_equals_masked_in_both_modes_and_flops_equal_pytorchs(made, seed, share):
     model, graph, shape = made
@@ -171,7 +172,7 @@ def retold(graph, scores, fraction, floor=0.1):
     return kept
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, **EXAMPLES)
 @given(networks(check=False), st.integers(0, 1000), st.sampled_from([FLOOR, 0.3]))
 def test_selection_is_legr_pruning_and_smaller_networks_are_subsets(made, seed, floor):
     _, graph, _ = made
@@ -193,7 +194,7 @@ def test_selection_is_legr_pruning_and_smaller_networks_are_subsets(made, seed, 
         larger = kept
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, **EXAMPLES)
 @given(networks(check=False), st.integers(0, 1000), st.booleans())
 def test_targets_of_both_kinds_hold_by_both_methods(made, seed, of_params):
     _, graph, _ = made
