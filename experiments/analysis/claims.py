@@ -104,13 +104,21 @@ def _phrase(exp: Experiment, lead: Difference) -> str:
 
 def finding(exp: Experiment, method: str) -> str:
     """One sentence: a method's endpoint, and how it stands to those of the plain methods."""
+    if exp.settings.data.name == "digits":
+        return compared(exp, method)
+    mean = f"{statistics.mean(endpoint(exp, method)):.1f}% in the mean over {in_words(judged_targets(exp))}"
+    label, leads_over = compared(exp, method).split(": ")
+    return f"{label}: {mean}; {leads_over}"
+
+
+def compared(exp: Experiment, method: str) -> str:
+    """How a method's endpoint stands to those of the plain methods."""
     label = METHODS[method].label
     if exp.settings.data.name == "digits":
         return f"{label}: digits, no verdict"
-    mean = f"{label}: {statistics.mean(endpoint(exp, method)):.1f}% in the mean over {in_words(judged_targets(exp))}"
     leads = {other: difference(exp, method, other) for other in PLAIN if other in exp.methods and other != method}
-    compared = [f"{_phrase(exp, lead)} {METHODS[other].label} ({lead})" for other, lead in leads.items()]
-    return f"{mean}; {', '.join(compared)}"
+    phrases = [f"{_phrase(exp, lead)} {METHODS[other].label} ({lead})" for other, lead in leads.items()]
+    return f"{label}: {', '.join(phrases)}"
 
 
 def headline(exp: Experiment) -> str:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,16 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     answers.to_csv(out / "claims.csv", index=False)
     hours = pd.concat({exp.name: computing_hours(exp) for exp in experiments}, names=["experiment"])
     hours.to_csv(out / "compute.csv", float_format="%.4g")
-    findings = {exp.name: _findings(exp) for exp in experiments}
-    write_text(out / "answer.md", _answer(experiments, findings, hours))
-    write_text(out / "results.md", "\n".join(_results(exp, answers) for exp in experiments))
+    write_text(out / "answer.md", _answer(experiments))
+    results = "\n".join(_results(exp, answers) for exp in experiments)
+    write_text(out / "results.md", _runs(experiments, hours) + results)
     pictures = _draw(experiments, answers, out)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         scale=experiments[0].scale,
         digits=experiments[0].settings.data.name == "digits",
         titles=titles,
-        findings=findings,
+        findings={exp.name: _each(exp, claims.finding) for exp in experiments},
         claims=answers.groupby(["claim", "paper"], sort=False),
         places=places,
         hours=hours.assign(total=hours.sum(axis=1)).round(2),
@@ -81,25 +82,28 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     write_text(out / "index.html", page)
 
 
-def _findings(exp: Experiment) -> list[str]:
-    """How the learned methods and the rule without a search came out."""
-    return [claims.finding(exp, name) for name in exp.methods if METHODS[name].learned or name == "norm-kept"]
+def _each(exp: Experiment, sentence: Callable[[Experiment, str], str]) -> list[str]:
+    """A sentence for each learned method, and for the rule without a search."""
+    return [sentence(exp, name) for name in exp.methods if METHODS[name].learned or name == "norm-kept"]
 
 
-def _answer(experiments: list[Experiment], findings: dict[str, list[str]], hours: pd.DataFrame) -> str:
-    """What was found, and which runs it is of, in Markdown."""
-    titles = {exp.name: exp.title for exp in experiments}
-    lines = [f"- **{titles[name]}:** {sentence}.\n" for name, each in findings.items() for sentence in each]
+def _answer(experiments: list[Experiment]) -> str:
+    """What was found, in Markdown: a line for each experiment, and the endpoints of all methods as a table."""
+    lines = [f"- **{exp.title}.** {'. '.join(_each(exp, claims.compared))}.\n" for exp in experiments]
     means = {}
     for exp in experiments:
         column = claims.comparisons(exp).filter(like="mean over").squeeze("columns")
         dense = pd.Series({"dense": f"{exp.dense['accuracy']:.2%}".rstrip("%")})
         means[f"{exp.title}, {column.name}"] = pd.concat([dense, column])
+    return "".join(lines) + "\n" + markdown(pd.DataFrame(means).T.rename_axis("test accuracy"))
+
+
+def _runs(experiments: list[Experiment], hours: pd.DataFrame) -> str:
+    """Which runs the numbers are of, and what they took."""
     runs = ". ".join(f"{exp.title}: {exp.effort.replace(' · ', ', ')}" for exp in experiments)
     spent = hours.sum(axis=1).groupby("hardware", sort=False).sum()
     took = "; ".join(f"{each:.1f} on {name}" for name, each in spent.items())
-    table = markdown(pd.DataFrame(means).T.rename_axis("test accuracy"))
-    return f"{''.join(lines)}\n{table}\n`{experiments[0].scale}` scale. {runs}. Hours of computing: {took}.\n"
+    return f"`{experiments[0].scale}` scale. {runs}. Hours of computing: {took}.\n\n"
 
 
 def _results(exp: Experiment, answers: pd.DataFrame) -> str:
@@ -123,7 +127,7 @@ def _draw(experiments: list[Experiment], answers: pd.DataFrame, out: Path) -> di
     stars = "dots: trials, bars: means, *: differs from norm-only (Holm); FLOP counts below the paper's are not judged"
     figures.save(comparison_figures.hero(panels, f"{about} | {stars}"), out / "hero")
     networks = {exp.name: exp.title.partition(" on ")[0] for exp in experiments}
-    runs = " | ".join(f"{exp.title}, {exp.effort}" for exp in experiments)
+    runs = " | ".join(f"{networks[exp.name]} {exp.effort}" for exp in experiments)
     figures.save(comparison_figures.tiles(answers, networks, f"{experiments[0].scale} scale | {runs}"), out / "tiles")
     exp = experiments[-1]
     method = next(name for name in exp.methods if METHODS[name].learned)
