@@ -47,18 +47,20 @@ def test_your_model_advises_for_each_size_and_leaves_networks_that_load_elsewher
     fast |= {"folder": str(tmp_path), "normalization": "none", "resolution": [32, 24], "judged_at": [0.8, 0.6]}
     (table, times), said = run(fast)
     methods = {"norm": "norm-only", "norm-kept": "norm-only + rule", "legr": "LeGR"}
+    if "norm-only + rule is left out" in said:  # where it keeps the same filters as norm-only
+        del methods["norm-kept"]
     names = [f"{method}-{target}" for target in (0.6, 0.4) for method in methods]
     assert table.method.to_dict() == {"dense": "dense"} | dict(zip(names, [*methods.values()] * 2, strict=True))
     flops = table.MFLOPs.astype(float)
-    assert (flops[1:4] / flops["dense"]).between(0.5, 0.6).all() and (flops[4:] / flops["dense"] < 0.4).all()
-    assert table["before (%)"][1:].astype(float).between(0, 100).all()
+    for target in (0.6, 0.4):
+        assert (flops.filter(like=f"-{target}") / flops["dense"]).between(target - 0.1, target).all()
 
     exact, advised = 100 * pd.read_csv(tmp_path / "networks.csv", index_col="network").accuracy, []
     for target, advice in zip((0.6, 0.4), said.strip().splitlines()[-2:], strict=True):
         taken = next(m for m, label in methods.items() if advice.startswith(f"{target:.0%}: take {label}, "))
         advised.append(f"{taken}-{target}")
         assert f", {exact[advised[-1]]:.1f}%: " in advice
-        for method in ("norm-kept", "legr"):
+        for method in list(methods)[1:]:
             more = exact[f"{method}-{target}"] - exact[f"norm-{target}"]
             assert f"{methods[method]} less norm-only {more:+.1f} ± ".replace("-", "−") in advice.replace("-", "−")
 
