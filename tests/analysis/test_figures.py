@@ -70,13 +70,6 @@ def test_every_figure_is_drawn_and_carries_its_numbers(tmp_path, draw):
     assert "seconds" not in figure.data
 
 
-def test_every_trial_is_a_dot_where_it_was_measured():
-    left, _ = tradeoff().axes
-    dots = [line for line in left.lines if line.get_alpha() is not None]
-    assert [line.get_xdata().tolist() for line in dots] == [[70, 70, 70, 30, 30, 30]] * 2
-    assert dots[0].get_ydata().tolist() == pytest.approx([90, 89, 88] * 2)
-
-
 def test_widths_and_the_movie_show_what_is_kept(small, tmp_path):
     _, graph = small
     kept = {f"{m} at 50%": random_kept(graph, i) for i, m in enumerate(("legr", "norm"))}

@@ -53,7 +53,7 @@ def test_your_model_advises_for_each_size_and_leaves_networks_that_load_elsewher
     assert table.method.to_dict() == {"dense": "dense"} | dict(zip(names, [*methods.values()] * 2, strict=True))
     flops = table.MFLOPs.astype(float)
     for target in (0.6, 0.4):
-        assert (flops.filter(like=f"-{target}") / flops["dense"]).between(target - 0.1, target).all()
+        assert (flops.filter(like=f"-{target}") / flops["dense"]).between(target - 0.1, target + 0.01).all()
 
     exact, advised = 100 * pd.read_csv(tmp_path / "networks.csv", index_col="network").accuracy, []
     for target, advice in zip((0.6, 0.4), said.strip().splitlines()[-2:], strict=True):
