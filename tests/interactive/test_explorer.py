@@ -262,12 +262,9 @@ def test_without_images_all_but_judging_and_saving_works(exp, project):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda exp: Explorer(exp, "random"), "method is 'random'; it must be one of legr, norm, uniform"),
-        (lambda exp: Explorer(exp, "norm", 0.3), "target is 0.3; it must be from 0.4 to 1"),
-        (
-            lambda exp: Cutter(exp).cut("norm", 0.5, {7: Tilt(2.0)}),
-            "tilts has layer 7; it must be a number from 0 to 6",
-        ),
+        (lambda exp: Explorer(exp, "random"), "method is 'random'"),
+        (lambda exp: Explorer(exp, "norm", 0.3), "target is 0.3"),
+        (lambda exp: Cutter(exp).cut("norm", 0.5, {7: Tilt(2.0)}), "tilts has layer 7"),
         (lambda exp: Cutter(exp).cut("uniform", 0.5, {1: Tilt(2.0)}), "uniform has no α and κ to tilt"),
         (lambda exp: Cutter(exp).cut("norm", 0.001), "the lowest reachable fraction"),
     ],

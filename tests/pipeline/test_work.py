@@ -1,6 +1,5 @@
 """The work of the stages: every result carries a key and is made once; published weights give the recorded accuracy."""
 
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +17,7 @@ from experiments.pipeline import ablations, jobs, work
 from experiments.settings import DenseSettings
 from legr import models
 from legr.files import write_json
-from tests.conftest import NAME, PHOTOS, PROJECT, change
-from tests.data.test_datasets import plant as photographs
+from tests.conftest import NAME, PHOTOS, PROJECT, change, settle
 
 
 def plant(folder, model="resnet56"):
@@ -260,37 +258,23 @@ def test_the_authors_mobilenets_have_the_flops_that_they_published():
 
 
 @pytest.mark.parametrize("weights", ["w.safetensors", "torchvision"])
-def test_weights_keep_just_the_outputs_of_the_classes(tmp_path, monkeypatch, weights):
+def test_weights_keep_just_the_outputs_of_the_classes_also_when_brought_to_one_scale(tmp_path, monkeypatch, weights):
     """A file named in params.yaml, or by the environment in place of the download."""
-    thousand, model = models.build("mobilenet_v2", 1000, 1), models.build("mobilenet_v2", 3, 0)
+    thousand, model = settle(models.build("mobilenet_v2", 1000, 1)), models.build("mobilenet_v2", 3, 0)
     models.save_weights(thousand, tmp_path / "w.safetensors")
     torch.save({"state_dict": thousand.state_dict()}, tmp_path / "w.pth.tar")
     monkeypatch.setenv("LEGR_MOBILENET_V2", str(tmp_path / "w.pth.tar"))
-    settings = SimpleNamespace(dense=DenseSettings(weights=weights), model="mobilenet_v2")
+    settings = SimpleNamespace(dense=DenseSettings(weights=weights, rescale=True), model="mobilenet_v2")
     classes = ["n01440764", "n02102040", "n03888257"]
     name = {"weights": weights.replace("torchvision", "w.pth.tar")}
     assert pretrained.start(model, settings, classes, tmp_path) == name
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = thousand.eval()(x)[:, [0, 217, 701]]  # sorted WordNet ids are ImageNet's order
-        assert torch.allclose(model.eval()(x), expected, atol=2e-2)
-
-
-def test_rescaling_brings_layers_to_one_scale_and_changes_no_output():
-    model = models.build("mobilenet_v2", 3, 0).eval()
-    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    expected = model(image)
-    with torch.no_grad():  # as deployment tools leave it: each layer at a scale of its own
-        for factor, block in enumerate(model.features[1:-1], 2):
-            conv, norm = block.conv[-2], block.conv[-1]
-            conv.weight *= factor
-            norm.running_mean *= factor
-            norm.running_var.copy_((norm.running_var + norm.eps) * factor**2 - norm.eps)
-    pretrained.rescale(model)
+        expected = thousand(x)[:, [0, 217, 701]]  # sorted WordNet ids are ImageNet's order
+        assert torch.allclose(model.eval()(x), expected, atol=5e-3)
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     medians = torch.stack([c.weight.flatten(1).norm(dim=1).median() for c in convolutions])
     torch.testing.assert_close(medians, torch.ones(52))
-    torch.testing.assert_close(model(image), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_correlations_over_all_rankings_and_within_kinds():
@@ -305,25 +289,3 @@ def test_correlations_over_all_rankings_and_within_kinds():
     assert found.spearman["all"] == rho and found.low["all"] < rho < found.high["all"]
     half = 1.96 * np.sqrt((1 + rho**2 / 2) / 7)
     assert np.arctanh(found.high["all"]) - np.arctanh(found.low["all"]) == pytest.approx(2 * half)
-
-
-def test_a_reader_goes_on_from_the_committed_mobilenet_on_images_of_her_own(tmp_path, monkeypatch):
-    """As data/README.md says: neither our weights nor our copies of the images are at hand."""
-    committed = "results/laptop/imagenet-mobilenetv2/dense/network.safetensors"
-    (tmp_path / committed).parent.mkdir(parents=True)
-    shutil.copy(PROJECT / committed, tmp_path / committed)
-    shutil.copy(PROJECT / "params.yaml", tmp_path)
-
-    def edit(params):
-        settings = params["laptop"][PHOTOS]
-        settings["data"]["holdout"] = 10
-        settings |= {"dense": {"weights": committed}, "compute": {"device": "cpu"}}
-
-    change(tmp_path, edit)
-    monkeypatch.setenv("LEGR_IMAGENETTE", str(photographs(tmp_path / "images", sorted(pretrained.IMAGENETTE), (3, 1))))
-    monkeypatch.delenv("LEGR_MOBILENET_V2", raising=False)
-    exp = open_experiment("laptop", PHOTOS, "dense", "playground", root=tmp_path)
-    datasets.prepare(exp.settings.data, tmp_path, exp.prepared)
-    record = work.train_dense(exp)
-    assert (record["weights"], record["train_images"], record["epochs"]) == ("network.safetensors", 20, 0)
-    assert (exp.out / "network.safetensors").read_bytes() == (tmp_path / committed).read_bytes()
