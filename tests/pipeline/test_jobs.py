@@ -1,10 +1,6 @@
 """Jobs: here, side by side in processes, and on a Dask cluster; the results are the same."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 
 import distributed
 import pandas as pd
@@ -15,7 +11,7 @@ import legr
 from experiments import experiment
 from experiments.experiment import open_experiment
 from experiments.pipeline import jobs, work
-from tests.conftest import NAME, PROJECT
+from tests.conftest import NAME
 from tests.pipeline.test_work import plant
 
 EACH = [("norm", target, trial) for target in (0.6, 0.5) for trial in (0, 1)]
@@ -53,11 +49,6 @@ def decoded(exp):
     return [int(number) for number in torch.utils.data.DataLoader([3, 5], num_workers=1)]
 
 
-def test_one_worker_is_this_process_and_keeps_the_order(project):
-    stages = jobs.run(opened(project, "alone"), seen, [(3,), (1,), (2,)], "numbers")
-    assert stages == [("sets/norm", 3), ("sets/norm", 1), ("sets/norm", 2)]
-
-
 @pytest.mark.slow
 def test_two_workers_here_give_the_same_networks_and_the_same_search(project, here):
     exp, ranking = opened(project, "two", workers=2), opened(project, "two", "rankings/legr", workers=2)
@@ -73,37 +64,11 @@ def test_two_workers_here_give_the_same_networks_and_the_same_search(project, he
     assert (exp.out / "0.5-0.safetensors").read_bytes() == (alone.folder / "sets/norm/0.5-0.safetensors").read_bytes()
 
 
-@pytest.fixture
-def elsewhere(tmp_path):
-    """The address of a Dask scheduler, and its two workers, processes of their own; they end with the test."""
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    file, started = tmp_path / "scheduler.json", []
-
-    def start(kind, *options):
-        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--scheduler-file", str(file), *options]
-        with open(tmp_path / f"{len(started)}.log", "w") as log:
-            command += ["--host", "127.0.0.1", "--no-dashboard"]
-            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log))
-
-    try:
-        start("scheduler", "--port", "0")
-        deadline = time.monotonic() + 60
-        while not file.exists() or not file.read_text():
-            assert time.monotonic() < deadline and started[0].poll() is None
-            time.sleep(0.2)
-        for _ in range(2):
-            start("worker", "--nthreads", "1", "--no-nanny")
-        yield json.loads(file.read_text())["address"]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
 @pytest.mark.slow
-def test_workers_elsewhere_give_the_same_networks(project, here, elsewhere):
-    exp = opened(project, "elsewhere", workers=elsewhere)
-    assert timeless(jobs.run(exp, work.train_network, EACH, "networks")) == here
+def test_workers_of_a_cluster_give_the_same_networks(project, here):
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        exp = opened(project, "elsewhere", workers=cluster.scheduler_address)
+        assert timeless(jobs.run(exp, work.train_network, EACH, "networks")) == here
 
 
 def test_a_worker_with_other_code_refuses_a_job(project, monkeypatch):

@@ -1,13 +1,12 @@
 """Copies of the project: by git with other line ends, and without git, as from a zip archive."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROJECT, dvc
+from tests.conftest import PIPELINE, PROJECT, copy_project, dvc
 
 needs_git = pytest.mark.skipif(not (PROJECT / ".git").exists(), reason="needs the project's git history")
 
@@ -28,11 +27,7 @@ def test_line_ends_change_no_file(tmp_path):
 
 def test_a_zip_archive_runs_without_git(tmp_path):
     """`make repro` prepares it before DVC runs, which would refuse."""
-    for name in ("Makefile", "params.yaml", "dvc.yaml", ".dvcignore", ".dvc/config"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(PROJECT / name, tmp_path / name)
-    for name in ("legr", "experiments", "notebooks"):
-        shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_project(tmp_path, *PIPELINE, "Makefile", ".dvc/config")
     assert "is not a git repository" in dvc(tmp_path, "status", check=False)
     virtual = f"VENV={Path(sys.executable).parent.parent}"
     command = ["make", "ready", "-o", "install", virtual]
