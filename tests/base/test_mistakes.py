@@ -150,7 +150,10 @@ def weights(spoil):
 
 FILES = {
     "a layer too many": (ranking(lambda v: json.dumps({k: [*x, 1] for k, x in v.items()})), "ranking has 56 layers"),
-    "no number": (ranking(lambda v: json.dumps(v | {"scale": [float("nan")] * 55})), "scale has a value that is not"),
+    "no number": (
+        ranking(lambda v: json.dumps(v | {"scale": [float("nan")] * 55})),
+        "has one that is not a finite number",
+    ),
     "half a ranking": (ranking(lambda v: json.dumps(v)[:99]), r"not a JSON file \(.*\); it should hold the ranking"),
     "no ranking": (lambda _, r: r.unlink(), r"ranking-0\.json does not exist; it holds the ranking; learn it first"),
     "no classifier": (weights(lambda t: t.pop("linear.weight")), r"network\.safetensors is not the dense network's"),

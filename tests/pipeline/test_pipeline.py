@@ -284,3 +284,16 @@ def test_a_method_of_ones_own_is_in_every_stage(copy):
     dvc(copy, "repro")
     assert "chance" in set(pd.read_csv(results(copy) / "compare/tradeoff.csv").method)
     assert "by chance" in (copy / "results/demo/report/index.html").read_text(encoding="utf-8")
+    code = f"""if True:
+        import torch
+        from experiments.experiment import open_experiment
+        from experiments.interactive.explorer import Explorer
+        exp = open_experiment("demo", "{NAME}", "explore")
+        explorer = Explorer(exp, "chance", 0.5)
+        assert all(map(torch.equal, explorer.shown.kept, exp.select("chance", 0.5)))
+        assert not all(map(torch.equal, explorer.shown.kept, exp.select("norm", 0.5)))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=copy, env=environment(copy), capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
