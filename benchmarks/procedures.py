@@ -45,10 +45,10 @@ def plain_select(graph: Graph, scores: Sequence[Tensor], flops: float) -> list[T
     return graph.masks(kept)
 
 
-def plain_loss(model: nn.Module, graph: Graph, ranking: Ranking, images: Images, more: Images) -> float:
+def plain_loss(model: nn.Module, graph: Graph, ranking: Ranking, images: Images, more: Images | None) -> float:
     """Loss on `images` at `FRACTION`; BatchNorm is recalibrated on `more`, if any. `model` is in eval mode."""
     small, loss = pruned(model, graph, ranking, FRACTION).to(images.device), 0.0
-    if len(more):
+    if more is not None:
         update_bn(_nchw(more, 250), small)
     with torch.inference_mode():
         for inputs, labels in _nchw(images, 128):
@@ -89,8 +89,9 @@ def random_images(count: int, device: str) -> Images:
 def evaluation(count: int, recalibration: int, compute: Compute, plain: bool) -> Callable[[], float]:
     model, graph, ranking = dense_network()
     images = random_images(count + max(recalibration, 1), compute.device)  # a set without images is refused
+    more = images[count:] if recalibration else None
     if plain:
-        return lambda: plain_loss(models.load_weights(model, DENSE), graph, ranking, images[:count], images[count:])
+        return lambda: plain_loss(models.load_weights(model, DENSE), graph, ranking, images[:count], more)
     data = Dataset("random", list("0123456789"), images, torch.arange(count), images)
     fitness = Fitness(model, graph, data, [FRACTION], FitnessSettings(recalibration_images=recalibration), compute)
     return lambda: fitness(fitness.select(ranking))["loss"]

@@ -29,7 +29,7 @@ def test_filters_chosen_one_by_one_are_those_of_select(network, flops):
 @pytest.mark.parametrize("recalibration", [0, 300])
 def test_the_plain_loss_is_the_loss_of_the_fitness(small, compute, recalibration):
     model, graph = small
-    images, ranking = random_images(200 + recalibration, "cpu"), legr.Ranking.norm_only(len(graph.layers))
+    images, ranking = random_images(201 + recalibration, "cpu"), legr.Ranking.norm_only(len(graph.layers))
     data = Dataset("random", list("0123456789"), images, torch.arange(200), images)
     fitness = Fitness(model, graph, data, [FRACTION], FitnessSettings(recalibration_images=recalibration), compute)
     plain = plain_loss(model, graph, ranking, images[:200], fitness.recalibration)
