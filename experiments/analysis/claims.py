@@ -16,6 +16,7 @@ Answer = tuple[str, str]  # a verdict, and the numbers behind it
 MARGINS = {"resnet56": 0.5, "mobilenet_v2": 1.0}  # points: a smaller difference counts as none
 CHEAPER, SLIGHTLY = 2, 1.1  # times: what counts for the cost of a set as reproduced, and as partly
 PLAIN = ("norm", "uniform", "norm-kept")  # what methods are compared with
+SAME = Difference(0.0, 0.0, 0.0, 1.0)  # of two methods with the same networks
 
 
 def claims(experiments: Iterable[Experiment]) -> pd.DataFrame:
@@ -58,8 +59,10 @@ def endpoint(exp: Experiment, method: str) -> list[float]:
 
 
 def difference(exp: Experiment, method: str, other: str) -> Difference:
-    """Of the endpoints, in points."""
-    return welch(endpoint(exp, method), endpoint(exp, other))
+    """Of the endpoints, in points; `SAME` where the networks of all trials are the same."""
+    networks = exp.networks.set_index(["target", "trial"])
+    each, those = (networks.accuracy[networks.method == name] for name in (method, other))
+    return SAME if each.equals(those) else welch(endpoint(exp, method), endpoint(exp, other))
 
 
 def differences(exp: Experiment, method: str, other: str) -> dict[float, Difference]:
@@ -87,7 +90,7 @@ def comparisons(exp: Experiment) -> pd.DataFrame:
 
 def _judged(exp: Experiment, method: str, other: str) -> str:
     lead = difference(exp, method, other)
-    return f"{lead} ({lead.verdict(margin(exp))})"
+    return "the same networks" if lead is SAME else f"{lead} ({lead.verdict(margin(exp))})"
 
 
 PHRASES = {
@@ -99,6 +102,8 @@ PHRASES = {
 
 
 def _phrase(exp: Experiment, lead: Difference) -> str:
+    if lead is SAME:
+        return "the same networks as"
     return PHRASES.get(lead.verdict(margin(exp)), f"equal within {margin(exp):g} points to")
 
 
@@ -117,7 +122,10 @@ def compared(exp: Experiment, method: str) -> str:
     if exp.settings.data.name == "digits":
         return f"{label}: digits, no verdict"
     leads = {other: difference(exp, method, other) for other in PLAIN if other in exp.methods and other != method}
-    phrases = [f"{_phrase(exp, lead)} {METHODS[other].label} ({lead})" for other, lead in leads.items()]
+    phrases = [
+        f"{_phrase(exp, lead)} {METHODS[other].label}" + ("" if lead is SAME else f" ({lead})")
+        for other, lead in leads.items()
+    ]
     return f"{label}: {', '.join(phrases)}"
 
 
@@ -164,6 +172,8 @@ def leads(method: str, other: str) -> Callable[[Experiment], Answer]:
 
     def answer(exp: Experiment) -> Answer:
         lead, stars = difference(exp, method, other), differing(exp, method, other)
+        if lead is SAME:
+            return lead.verdict(margin(exp)), "the same networks"
         single = [
             f"{target:.0%} {each}{'*' if target in stars else ''}"
             for target, each in differences(exp, method, other).items()

@@ -94,7 +94,17 @@ def test_wide_intervals_are_open_and_trials_need_not_be_as_many(experiment):
     assert "no measurable difference from norm-only (" in claims.finding(exp, "legr")
     table = claims.comparisons(exp)
     assert table.trials.to_dict() == {METHODS[m].label: 5 if m == "legr" else 3 for m in exp.methods}
-    assert table.loc["norm-only", "minus uniform"] == "+0.00 ± 0.00 (equal within 0.5)"
+
+
+def test_a_rule_that_keeps_the_same_filters_is_no_difference(experiment):
+    """One network may be that of two methods: then an interval as of independent trials would mislead."""
+    exp = experiment(noisy(lambda method, _: 0))
+    same = exp.networks[exp.networks.method == "norm"].assign(method="norm-kept")
+    exp.networks, exp.methods = pd.concat([exp.networks, same]), [*exp.methods, "norm-kept"]
+    assert claims.comparisons(exp).loc["norm-only + rule", "minus norm-only"] == "the same networks"
+    assert claims.finding(exp, "norm-kept").split("FLOPs; ")[1].startswith("the same networks as norm-only, ")
+    claim = "Ours: a rule without a search beats norms alone"
+    assert [answers[claim] for answers in verdicts(exp)] == ["equal within 0.5", "the same networks"]
 
 
 def test_single_counts_differ_by_holms_correction(experiment):
@@ -119,7 +129,7 @@ def test_networks_that_were_trained_unlike_are_not_compared(tmp_path):
 
 
 def test_one_trial_and_digits_give_no_verdict(experiment):
-    exp = experiment(trials=1)
+    exp = experiment(noisy(lambda method, _: method == "legr"), trials=1)
     verdict, evidence = verdicts(exp)
     assert verdict[NORMS] == "untested" and "±" not in evidence[NORMS]
     assert set(verdicts(experiment(data="digits"))[0].values()) == {"untested"}
