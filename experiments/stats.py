@@ -23,14 +23,14 @@ class Difference(NamedTuple):
         return (self.high - self.low) / 2
 
     def verdict(self, margin: float) -> str:
-        """By docs/verdicts.md: ahead, behind, equal within `margin`, open; untested without an interval."""
+        """By docs/verdicts.md: ahead, behind, equal within `margin`, undecided; untested without an interval."""
         if math.isnan(self.low):
             return "untested"
         if self.low > 0:
             return "ahead"
         if self.high < 0:
             return "behind"
-        return f"equal within {margin:g}" if -margin <= self.low and self.high <= margin else "open"
+        return f"equal within {margin:g}" if -margin <= self.low and self.high <= margin else "undecided"
 
     def __str__(self) -> str:
         interval = "" if math.isnan(self.low) else f" ± {self.half:.2f}"

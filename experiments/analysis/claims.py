@@ -10,6 +10,7 @@ import pandas as pd
 from experiments.analysis.tables import paper_changes
 from experiments.experiment import Experiment
 from experiments.methods import METHODS
+from experiments.records import measurements
 from experiments.stats import Difference, holm, interval, welch
 
 Answer = tuple[str, str]  # a verdict, and the numbers behind it
@@ -20,11 +21,13 @@ SAME = Difference(0.0, 0.0, 0.0, 1.0)  # of two methods with the same networks
 
 
 def claims(experiments: Iterable[Experiment]) -> pd.DataFrame:
-    """Columns claim, paper, stage, experiment, verdict, evidence; a row for each claim and experiment."""
+    """Columns claim, paper, stage, experiment, verdict, evidence; a row for each experiment that has the methods."""
     rows = []
     for exp in experiments:
         for claim in CLAIMS:
-            verdict, evidence = claim.answer(exp) if set(claim.needs) <= set(exp.methods) else ("untested", "")
+            if not set(claim.needs) <= set(exp.methods):
+                continue
+            verdict, evidence = claim.answer(exp)
             if exp.settings.data.name == "digits":
                 verdict = "untested"
             paper = claim.paper if isinstance(claim.paper, str) else claim.paper()
@@ -96,7 +99,7 @@ def _judged(exp: Experiment, method: str, other: str) -> str:
 PHRASES = {
     "ahead": "ahead of",
     "behind": "behind",
-    "open": "no measurable difference from",
+    "undecided": "undecided against",
     "untested": "one trial, no verdict against",
 }
 
@@ -109,15 +112,6 @@ def _phrase(exp: Experiment, lead: Difference) -> str:
 
 def finding(exp: Experiment, method: str) -> str:
     """One sentence: a method's endpoint, and how it stands to those of the plain methods."""
-    if exp.settings.data.name == "digits":
-        return compared(exp, method)
-    mean = f"{statistics.mean(endpoint(exp, method)):.1f}% in the mean over {in_words(judged_targets(exp))}"
-    label, leads_over = compared(exp, method).split(": ")
-    return f"{label}: {mean}; {leads_over}"
-
-
-def compared(exp: Experiment, method: str) -> str:
-    """How a method's endpoint stands to those of the plain methods."""
     label = METHODS[method].label
     if exp.settings.data.name == "digits":
         return f"{label}: digits, no verdict"
@@ -126,7 +120,41 @@ def compared(exp: Experiment, method: str) -> str:
         f"{_phrase(exp, lead)} {METHODS[other].label}" + ("" if lead is SAME else f" ({lead})")
         for other, lead in leads.items()
     ]
-    return f"{label}: {', '.join(phrases)}"
+    mean = f"{statistics.mean(endpoint(exp, method)):.1f}% in the mean over {in_words(judged_targets(exp))}"
+    return f"{label}: {mean}; {', '.join(phrases)}"
+
+
+def opening(experiments: list[Experiment]) -> str:
+    """How every method stands to norm-only in each experiment, in words."""
+    if experiments[0].settings.data.name == "digits":
+        return "digits, no verdict"
+    methods = []
+    for method in (name for name in experiments[0].methods if name != "norm"):
+        leads = [difference(exp, method, "norm") for exp in experiments]
+        verdicts = [
+            f"{'the same networks' if lead is SAME else lead.verdict(margin(exp))} on {short_title(exp)}"
+            for exp, lead in zip(experiments, leads, strict=True)
+        ]
+        methods.append(f"{METHODS[method].label}: {', '.join(verdicts)}")
+    return f"Against {METHODS['norm'].label}: {'; '.join(methods)}."
+
+
+def endpoints(experiments: list[Experiment]) -> pd.DataFrame:
+    """Endpoints of all methods and of the dense network in percent, and their differences from norm-only in points."""
+    columns = {}
+    for exp in experiments:
+        table = comparisons(exp)
+        accuracy = table.filter(like="mean over").squeeze("columns")
+        dense = pd.Series({"dense": f"{100 * exp.dense['accuracy']:.2f}"})
+        columns[f"{exp.title}, {accuracy.name}"] = pd.concat([dense, accuracy])
+        minus = f"minus {METHODS['norm'].label}"
+        columns[f"{short_title(exp)}, {minus}"] = pd.concat([pd.Series({"dense": "–"}), table[minus]])
+    return pd.DataFrame(columns).rename_axis("test accuracy")
+
+
+def short_title(exp: Experiment) -> str:
+    """The network's name."""
+    return exp.title.partition(" on ")[0]
 
 
 def headline(exp: Experiment) -> str:
@@ -206,9 +234,9 @@ def one_ranking_serves(exp: Experiment) -> Answer:
     masks = [exp.select("legr", share) for share in pd.read_csv(exp.path("sets/legr/cuts.csv")).share]
     pairs = list(itertools.pairwise(masks))
     contained = [all((b <= a).all() for a, b in zip(large, small, strict=True)) for large, small in pairs]
-    verdict = "reproduced" if all(contained) else "not"
+    verdict = "by construction" if all(contained) else "not"
     which = "each" if all(contained) else f"{sum(contained)}"
-    return verdict, f"by construction; {which} of {len(pairs)} networks is contained in the next larger one"
+    return verdict, f"{which} of {len(pairs)} networks cut from the ranking is contained in the next larger one"
 
 
 def answers_of_searches(exp: Experiment, searches: pd.DataFrame) -> dict[str, Answer]:
@@ -236,10 +264,11 @@ def _extremes(exp: Experiment, searches: pd.DataFrame, compared: str) -> Answer:
         return "untested", ""
     (low, least), (high, most) = answers[0], answers[-1]
     lead, count = welch(least, most), len(least)
-    evidence = f"{compared.format(low, high)}: {lead} points over {in_words(judged_targets(exp))}"
     verdict = lead.verdict(margin(exp))
-    verdict = {"ahead": "reproduced", "behind": "not", "untested": "open"}.get(verdict, verdict)
-    return verdict, f"{evidence} ({count} search{'es' if count > 1 else ''} each)"
+    verdict = {"ahead": "reproduced", "behind": "not"}.get(verdict, verdict)
+    searches = f"{count} searches each" if count > 1 else "one search each, which can't decide it"
+    what = f"points of accuracy after {exp.settings.ablations.steps} steps, over {in_words(judged_targets(exp))}"
+    return verdict, f"{compared.format(low, high)}: {lead} {what} ({searches})"
 
 
 def by_searches(claim: str) -> Callable[[Experiment], Answer]:
@@ -265,15 +294,30 @@ def a_set_is_cheap(exp: Experiment) -> Answer:
 
 def latency_falls(exp: Experiment) -> Answer:
     """At a batch size it holds if the median falls at every step from the dense network to the lowest judged target."""
-    times, holds, ratios_shown = pd.read_csv(exp.path("compare/latency.csv")), [], []
-    for batch, measured in times[times.method.isin(["legr", "dense"])].groupby("batch"):
-        at_targets = measured[measured.target.isin([1, *judged_targets(exp)])].sort_values("target", ascending=False)
-        holds.append(at_targets.latency_ms.is_monotonic_decreasing)
-        ratios = (at_targets.latency_ms / at_targets.latency_ms.iloc[0]).iloc[1:]
-        shown = ", ".join(f"{t:.0%} {ratio:.2f}" for t, ratio in zip(at_targets.target[1:], ratios, strict=True))
-        ratios_shown.append(f"batch {batch}: {shown}")
+    ratios = times_over_dense(exp)
+    holds = [pd.concat([pd.Series([1.0]), at_batch]).is_monotonic_decreasing for _, at_batch in ratios.items()]
+    shown = [
+        f"batch {batch}: {', '.join(f'{target:.0%} {ratio:.2f}' for target, ratio in at_batch.items())}"
+        for batch, at_batch in ratios.items()
+    ]
     verdict = "reproduced" if all(holds) else "partly" if any(holds) else "not"
-    return verdict, f"median time over the dense network's, first trial, {'; '.join(ratios_shown)}"
+    return verdict, f"median time over the dense network's, first trial, {'; '.join(shown)}"
+
+
+def times_over_dense(exp: Experiment) -> pd.DataFrame:
+    """LeGR's median times over the dense network's, first trial: judged targets (rows) by batch sizes (columns)."""
+    times = pd.read_csv(exp.path("compare/latency.csv"))
+    wide = times[times.method.isin(["legr", "dense"])].pivot(index="target", columns="batch", values="latency_ms")
+    return (wide / wide.loc[1]).loc[judged_targets(exp)]
+
+
+def time_won(exp: Experiment) -> str:
+    """One sentence: how fast LeGR's network of the lowest judged target is."""
+    target = judged_targets(exp)[-1]
+    times = [f"{ratio:.2f} (batch {batch})" for batch, ratio in times_over_dense(exp).loc[target].items()]
+    record = measurements(exp.path("compare"))[0]
+    there = f"on {record['hardware']}, {record['precision']}"
+    return f"{short_title(exp)} at {target:.0%} of the FLOPs takes {' and '.join(times)} of the dense time, {there}"
 
 
 def _papers_drops() -> str:
@@ -313,21 +357,21 @@ CLAIMS = (
         answer=leads("legr", "norm"),
     ),
     Claim(
-        says="Ours: LeGR as we run it beats norms alone",
+        says="Ours: LeGR, ours, beats norms alone",
         paper="–",
         stage="compare",
         needs=("legr-ours", "norm"),
         answer=leads("legr-ours", "norm"),
     ),
     Claim(
-        says="Ours: a rule without a search beats norms alone",
+        says="Ours: norms with a rule beat norms alone",
         paper="–",
         stage="compare",
         needs=("norm-kept", "norm"),
         answer=leads("norm-kept", "norm"),
     ),
     Claim(
-        says="Ours: the search adds to the rule",
+        says="Ours: LeGR, ours, beats the rule",
         paper="–",
         stage="compare",
         needs=("legr-ours", "norm-kept"),
@@ -349,7 +393,7 @@ CLAIMS = (
     ),
     Claim(
         says="Judging at the lowest FLOP count is enough",
-        paper="claimed; 20 to 80% hardly matters (not checked)",
+        paper="claimed; 20 to 80% hardly matters (quoted from memory, not checked)",
         stage="ablations",
         needs=(),
         answer=by_searches("lowest"),

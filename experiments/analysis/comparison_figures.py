@@ -108,7 +108,7 @@ VERDICTS = {  # colours of a tile and of its text; "equal within 0.5" goes by it
     "partly": ("#8FD19B", "black"),
     "behind": ("#F0A27E", "black"),
     "not": ("#F0A27E", "black"),
-    "open": ("#D9D9D9", "black"),
+    "undecided": ("#D9D9D9", "black"),
     "untested": ("#F2F2F2", "black"),
 }
 
@@ -137,7 +137,7 @@ def tiles(claims: pd.DataFrame, titles: Mapping[str, str], caption: str) -> Figu
 
 
 def networks(graph: Graph, kept: Mapping[tuple[str, float], Sequence[Tensor]], caption: str) -> Figure:
-    """Small multiples: filters left in each layer over the dense, a row for each method, a column for each target."""
+    """Small multiples: filters left in each layer before the dense, a row for each method, a column for each target."""
     methods, targets = (list(dict.fromkeys(column)) for column in zip(*kept, strict=True))
     columns = {f"{method} at {t:.0%}": [int(m.sum()) for m in masks] for (method, t), masks in kept.items()}
     data = pd.DataFrame({"layer": range(1, len(graph.layers) + 1), "dense": graph.widths} | columns)
@@ -150,8 +150,8 @@ def networks(graph: Graph, kept: Mapping[tuple[str, float], Sequence[Tensor]], c
             if i == 0:
                 ax.set_title(f"{target:.0%} FLOPs")
             ax.label_outer()
-        axes[i, 0].set_ylabel(LABELS[method].replace(" (", "\n("), fontsize=10)
-    figure.supylabel("filters", fontsize=11)
+        axes[i, 0].set_ylabel(f"{LABELS[method]}\nfilters", fontsize=10)
+    figure.legend(axes[0, 0].containers[:1], ["filters of the dense network"], loc="outside upper right")
     return figure
 
 
@@ -193,26 +193,29 @@ def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, capt
 
 
 def tuning(table: pd.DataFrame, caption: str) -> Figure:
-    """Held-out accuracy over epochs of fine-tuning, a panel for each target: trials (thin) and their means.
+    """Held-out accuracy over norm-only's mean after each epoch of fine-tuning: trials (thin) and their means.
 
     Args:
-        table: columns method, target, trial, epoch (0: as pruned), val_accuracy.
+        table: columns method, target, trial, epoch (0, as pruned, is not drawn: it is far off), val_accuracy.
     """
+    table = table[table.epoch > 0]
+    norm_only = table[table.method == "norm"].groupby(["target", "epoch"]).val_accuracy.mean().rename("norm_only")
+    table = table.join(norm_only, on=["target", "epoch"])
+    table = table.assign(points=100 * (table.val_accuracy - table.norm_only))
     targets = sorted(table.target.unique(), reverse=True)
-    figure, axes = new_figure(table, caption, 4 * len(targets), 4.6, columns=len(targets))
-    for ax, target in zip(axes[0], targets, strict=True):
+    figure, axes = new_figure(table, caption, 11, 3.2 * len(targets) / 2 + 1, -(-len(targets) // 2), 2)
+    for ax, target in zip(axes.flat, targets, strict=False):
         at_target = table[table.target == target]
         for method in (name for name in METHODS if name in set(at_target.method)):
-            curves = 100 * at_target[at_target.method == method].pivot(
-                index="epoch", columns="trial", values="val_accuracy"
-            )
-            ax.plot(curves.index, curves, color=COLORS[method], lw=0.7, alpha=0.35)
+            curves = at_target[at_target.method == method].pivot(index="epoch", columns="trial", values="points")
+            if method != "norm":
+                ax.plot(curves.index, curves, color=COLORS[method], lw=0.8, alpha=0.5)
             ax.plot(curves.index, curves.mean(axis=1), color=COLORS[method], lw=2, label=LABELS[method])
-        ax.sharey(axes[0, 0])
-        ax.set(xlabel="epochs of fine-tuning", title=f"{target:.0%} FLOPs")
+        ax.set(title=f"{target:.0%} FLOPs", xlabel="epochs of fine-tuning", ylabel="points over norm-only")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0, 0].set(ylabel="held-out accuracy (%)")
-    return legend(figure)
+    for ax in axes.flat[len(targets) :]:
+        ax.remove()
+    return legend(figure, columns=4)
 
 
 def order(table: pd.DataFrame, caption: str) -> Figure:
@@ -250,7 +253,7 @@ def answers(table: pd.DataFrame, caption: str) -> Figure:
         asked = values[values.question == question].rename(columns={"answer": "category"})
         dots(ax, asked.assign(method="legr"))
         ax.axhline(0, color=COLORS["norm"], lw=2, zorder=0, label=LABELS["norm"])
-        ax.set_title(QUESTIONS.get(question, question))
+        ax.set_xlabel(QUESTIONS.get(question, question))
     axes[0, 0].set(ylabel="points of accuracy over norm-only's")
     return legend(figure)
 

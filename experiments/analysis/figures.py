@@ -82,7 +82,7 @@ def trials(ax: Axes, points: pd.DataFrame, joined: bool = True) -> None:
 
 
 def dots(ax: Axes, values: pd.DataFrame) -> None:
-    """A dot for each value and a bar for each mean, side by side in a category.
+    """A dot for each value and a bar for each mean of several, side by side in a category.
 
     Args:
         values: columns category and method, in the order drawn, and value.
@@ -92,7 +92,8 @@ def dots(ax: Axes, values: pd.DataFrame) -> None:
     for (category, method), shown in values.groupby(["category", "method"], sort=False):
         x = categories.index(category) + width * (methods.index(method) - (len(methods) - 1) / 2)
         ax.plot([x] * len(shown), shown.value, "o", ms=5, alpha=0.55, mew=0, color=COLORS[method])
-        ax.hlines(shown.value.mean(), x - 0.4 * width, x + 0.4 * width, color=COLORS[method], lw=3)
+        if len(shown) > 1:
+            ax.hlines(shown.value.mean(), x - 0.4 * width, x + 0.4 * width, color=COLORS[method], lw=3)
     ax.set_xticks(range(len(categories)), categories)
     ax.set_xlim(-0.5, len(categories) - 0.5)
     ax.grid(visible=False, axis="x")
@@ -250,7 +251,8 @@ def tradeoff(
         papers: columns network, mflops, accuracy_percent, source; None where the paper used other images.
     """
     figure, axes = new_figure(table.drop(columns="widths", errors="ignore"), caption, 11, 5, columns=2)
-    titles = {"accuracy": "after fine-tuning", "accuracy_recalibrated": "before: BatchNorm recalibrated only"}
+    titles = {"accuracy": "after fine-tuning: trials and their means"}
+    titles["accuracy_recalibrated"] = "before, BatchNorm recalibrated (lines: first trial)"
     for ax, (column, title) in zip(axes[0], titles.items(), strict=True):
         trials(ax, table.assign(x=table.flops / 1e6, y=100 * table[column]), joined=column == "accuracy")
         ax.plot(dense["flops"] / 1e6, 100 * dense["accuracy"], "D", color=DENSE, label="dense")
@@ -272,4 +274,5 @@ def _quote(ax: Axes, papers: pd.DataFrame) -> None:
         ax.text(row.mflops, row.accuracy_percent, str(i), ha="center", va="center_baseline", fontsize=8)
     names = [f"{i}  {row.network}: {row.accuracy_percent}" for i, row in enumerate(papers.itertuples(), 1)]
     place = {"ha": "right", "va": "bottom", "fontsize": 9, "color": "#555555", "multialignment": "left"}
-    ax.text(0.98, 0.03, "\n".join(names), transform=ax.transAxes, **place)
+    background = {"facecolor": "white", "edgecolor": "none", "pad": 2}
+    ax.text(0.98, 0.03, "\n".join(names), transform=ax.transAxes, bbox=background, **place)

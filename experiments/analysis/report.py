@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,9 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     answers.to_csv(out / "claims.csv", index=False)
     hours = pd.concat({exp.name: computing_hours(exp) for exp in experiments}, names=["experiment"])
     hours.to_csv(out / "compute.csv", float_format="%.4g")
-    write_text(out / "answer.md", _answer(experiments))
+    opening, endpoints = claims.opening(experiments), claims.endpoints(experiments)
+    times = "; ".join(claims.time_won(exp) for exp in experiments)
+    write_text(out / "answer.md", f"**{opening}**\n\n{markdown(endpoints)}\n{times}.\n")
     results = "\n".join(_results(exp, answers) for exp in experiments)
     write_text(out / "results.md", _runs(experiments, hours) + results)
     pictures = _draw(experiments, answers, out)
@@ -71,7 +72,8 @@ def _build(experiments: list[Experiment], out: Path) -> None:
         scale=experiments[0].scale,
         digits=experiments[0].settings.data.name == "digits",
         titles=titles,
-        findings={exp.name: _each(exp, claims.finding) for exp in experiments},
+        opening=opening,
+        endpoints=endpoints.reset_index(),
         claims=answers.groupby(["claim", "paper"], sort=False),
         places=places,
         hours=hours.assign(total=hours.sum(axis=1)).round(2),
@@ -80,22 +82,6 @@ def _build(experiments: list[Experiment], out: Path) -> None:
         chapters=chapters,
     )
     write_text(out / "index.html", page)
-
-
-def _each(exp: Experiment, sentence: Callable[[Experiment, str], str]) -> list[str]:
-    """A sentence for each learned method, and for the rule without a search."""
-    return [sentence(exp, name) for name in exp.methods if METHODS[name].learned or name == "norm-kept"]
-
-
-def _answer(experiments: list[Experiment]) -> str:
-    """What was found, in Markdown: a line for each experiment, and the endpoints of all methods as a table."""
-    lines = [f"- **{exp.title}.** {'. '.join(_each(exp, claims.compared))}.\n" for exp in experiments]
-    means = {}
-    for exp in experiments:
-        column = claims.comparisons(exp).filter(like="mean over").squeeze("columns")
-        dense = pd.Series({"dense": f"{exp.dense['accuracy']:.2%}".rstrip("%")})
-        means[f"{exp.title}, {column.name}"] = pd.concat([dense, column])
-    return "".join(lines) + "\n" + markdown(pd.DataFrame(means).T.rename_axis("test accuracy"))
 
 
 def _runs(experiments: list[Experiment], hours: pd.DataFrame) -> str:
@@ -126,7 +112,7 @@ def _draw(experiments: list[Experiment], answers: pd.DataFrame, out: Path) -> di
     about = " | ".join([f"{experiments[0].scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
     stars = "dots: trials, bars: means, *: differs from norm-only (Holm); FLOP counts below the paper's are not judged"
     figures.save(comparison_figures.hero(panels, f"{about} | {stars}"), out / "hero")
-    networks = {exp.name: exp.title.partition(" on ")[0] for exp in experiments}
+    networks = {exp.name: claims.short_title(exp) for exp in experiments}
     runs = " | ".join(f"{networks[exp.name]} {exp.effort}" for exp in experiments)
     figures.save(comparison_figures.tiles(answers, networks, f"{experiments[0].scale} scale | {runs}"), out / "tiles")
     exp = experiments[-1]

@@ -24,7 +24,7 @@ function bars(run, own, at) {
   };
   const drawn = run.dense.map((n, layer) => bar(n, layer, "#9995") + bar(own.widths[at][layer], layer, own.color));
   const marks = label(left - 6, bottom - height + 4, top, "end") + label(left - 6, bottom, 0, "end");
-  return drawn.join("") + marks + label(left + width / 2, bottom + 46, "filters left in each layer (grey: dense)");
+  return drawn.join("") + marks + label(left + width / 2, bottom + 46, "filters left, first to last layer (grey: dense)");
 }
 
 function curves(run, own, at) {
@@ -35,8 +35,9 @@ function curves(run, own, at) {
     drawn += shape("path", { d: `M${left} ${y(percent)}h${width}`, stroke: "#9994" });
     drawn += label(left - 6, y(percent) + 4, percent, "end");
   }
-  const counts = [...new Set([1, ...own.tuned.map(([target]) => target)])];
-  for (const count of counts) drawn += label(x(count * most), bottom + 20, `${Math.round(100 * count)}%`);
+  const counts = [1, ...own.tuned.map(([target]) => target)].sort((a, b) => b - a);
+  const apart = counts.reduce((kept, count) => kept.at(-1) - count < 0.19 ? kept : [...kept, count], []);
+  for (const count of apart) drawn += label(x(count * most), bottom + 20, `${Math.round(100 * count)}%`);
   for (const each of [...Object.values(run.methods).filter((each) => each !== own), own]) {
     const d = each.mflops.map((mflops, i) => `${i ? "L" : "M"}${x(mflops).toFixed(1)} ${y(each.accuracy[i]).toFixed(1)}`);
     drawn += shape("path", { d: d.join(""), fill: "none", stroke: each.color, "stroke-width": each === own ? 3 : 1.5 });
@@ -66,7 +67,7 @@ function show(event) {
       `<td>${left}</td><td>${each.accuracy[at].toFixed(1)}</td>` +
       `<td>${tuned ? tuned[2].toFixed(1) : "–"}</td></tr>`;
   });
-  table.innerHTML = "<tr><th>method</th><th>MFLOPs</th><th>filters left</th><th>recalibrated only (%)</th><th>fine-tuned (%)</th></tr>" + rows.join("");
+  table.innerHTML = "<tr><th>method</th><th>MFLOPs</th><th>filters left</th><th>recalibrated only, first trial (%)</th><th>fine-tuned, mean of trials (%)</th></tr>" + rows.join("");
 }
 
 options(experiment, Object.entries(data).map(([name, run]) => [name, run.title]));

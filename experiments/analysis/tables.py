@@ -130,7 +130,8 @@ def blocks_kept(exp: Experiment, networks: Mapping[str, Sequence[Sequence[Tensor
         widths = [[int(mask.sum()) for mask in kept] for kept in trials]
         whole = ", ".join(str(sum(own[i] == graph.widths[i] for i in outputs)) for own in widths)
         least = ", ".join(str(sum(own[i] == lowest for i, lowest in inner)) for own in widths)
-        rows.append([name, whole, least])
+        method, _, at = name.partition(" at ")
+        rows.append([f"{METHODS[method].label} at {at}" if method in METHODS else name, whole, least])
     counts = [f"{what}, of {len(outputs)}" for what in ("block outputs whole", "inner layers at the floor")]
     return pd.DataFrame(rows, columns=["network", *counts])
 
@@ -210,9 +211,10 @@ def beside_other_work(exp: Experiment, table: pd.DataFrame, papers: pd.DataFrame
     rows["change"] = rows.accuracy_percent - rows.dense_percent
     rows["FLOPs left"] = [f"{target:.0%}" for target in rows.target]
     for column in ("dense_percent", "accuracy_percent", "change"):
-        rows[column] = [f"{value:{'+' if column == 'change' else ''}.2f}".replace("-", "−") for value in rows[column]]
-    rows = rows.rename(columns={"dense_percent": "dense (%)", "accuracy_percent": "pruned (%)"})
-    return rows.set_index("network")[["FLOPs left", "dense (%)", "pruned (%)", "change", "source"]]
+        numbers = [f"{value:{'+' if column == 'change' else ''}.2f}".replace("-", "−") for value in rows[column]]
+        rows[column] = [number.replace("+nan", "–").replace("nan", "–") for number in numbers]
+    names = {"dense_percent": "dense (%)", "accuracy_percent": "pruned (%)", "change": "change (points)"}
+    return rows.rename(columns=names).set_index("network")[["FLOPs left", *names.values(), "source"]]
 
 
 def paper_changes(model: str) -> dict[float, float]:
