@@ -5,12 +5,10 @@ On a GPU it is also written to results/benchmarks/gpu.json. `--device cpu --tiny
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
 from contextlib import suppress
-from multiprocessing import get_context
 
 import pandas as pd
 import torch
@@ -97,27 +95,6 @@ def images_a_second(images: Images, here: Compute, there: Compute, fast: Compute
     return found
 
 
-def side_by_side(images: Images, here: Compute, there: Compute, fast: Compute, size: int) -> dict:
-    """Images a second of one to three processes that train at a time: three epochs, after one that is not counted."""
-    found, spawn = {"MPS": "CUDA_MPS_PIPE_DIRECTORY" in os.environ}, get_context("spawn")
-    for count in (1, 2, 3):
-        given = (spawn.Barrier(count), spawn.Queue(), len(images), fast, size)
-        processes = [spawn.Process(target=_beside_others, args=given, daemon=True) for _ in range(count)]
-        _ = [process.start() for process in processes]
-        starts, ends = zip(*(given[1].get(timeout=300) for _ in processes), strict=True)
-        _ = [process.join() for process in processes]
-        found[f"training 0.47, {count}"] = count * 3 * len(images) / (max(ends) - min(starts))
-    return found
-
-
-def _beside_others(barrier, spans, count: int, compute: Compute, size: int) -> None:
-    torch.set_num_threads(1)
-    starts, images = [], random_images(count, compute.device)
-    log = lambda row: (row["epoch"] == 1 and barrier.wait(300), starts.append(time.time()))  # noqa: E731
-    trained(0.47, images, compute, size, 4, log=log)
-    spans.put((starts[0], time.time()))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda")
@@ -133,7 +110,7 @@ def main() -> int:
     images = random_images(size * (4 if tiny else 100), "cpu")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     found = {"device": name, "tiny": tiny, "batch": size, "torch": torch.__version__, "fine": True}
-    for check in (selections, losses, bits, search, images_a_second, side_by_side):
+    for check in (selections, losses, bits, search, images_a_second):
         try:
             found[check.__name__] = check(images, *computes, size)
         except Exception as error:  # the others may still tell something

@@ -28,13 +28,13 @@ DENSE, RANKING = COMMITTED / "dense/network.safetensors", COMMITTED / "rankings/
 FRACTION, EXAMPLE = 0.47, torch.zeros(1, 3, 32, 32)  # of the dense FLOPs; an input
 
 
-def plain_select(graph: Graph, scores: Sequence[Tensor], flops: float) -> list[Tensor]:
+def plain_select(graph: Graph, scores: Sequence[Tensor], flops: float, floor: float = FLOOR) -> list[Tensor]:
     """As `legr.select`, Fig. 2 word for word: one unit after the other, FLOPs counted after each."""
     importance = np.zeros(graph.unit_count)
     for units, score in zip(graph.units, scores, strict=True):
         np.add.at(importance, units[units >= 0], score.double()[units >= 0])
     kept, target = np.ones(graph.unit_count, bool), flops * graph.flops()
-    room = [min(int((1 - FLOOR) * width), width - MIN_WIDTH) for width in graph.widths]
+    room = [min(int((1 - floor) * width), width - MIN_WIDTH) for width in graph.widths]
     for unit in np.argsort(importance, kind="stable"):
         kept[unit] = False
         masks = graph.masks(kept)

@@ -28,7 +28,6 @@ class DataSettings(Section):
 
     name: DataSet
     resolution: PositiveInt | tuple[PositiveInt, PositiveInt] = 32  # pixels: a side, or height and width
-    channels: Literal[1, 3] = 3  # 1: grey
     normalization: Normalization = Normalization()  # of the network's inputs: imagenet, none, raw, or mean and std
     holdout: PositiveInt  # training images kept from the dense network, on which the search judges
     folder: str | None = None  # has train/<class>/ and test/<class>/ (or val/, valid/)
@@ -40,7 +39,7 @@ class DataSettings(Section):
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
         sides = self.resolution if isinstance(self.resolution, tuple) else (self.resolution,) * 2
-        return self.channels, *sides
+        return 3, *sides
 
 
 class DenseSettings(Section):

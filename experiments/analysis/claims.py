@@ -1,23 +1,28 @@
 """The paper's claims beside what came out: verdicts by the rules of docs/verdicts.md, from the stages' tables."""
 
 import itertools
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 
 from experiments.analysis.tables import paper_changes
+from experiments.analysis.verdicts import (
+    SAME,
+    difference,
+    differences,
+    differing,
+    in_words,
+    judged_targets,
+    margin,
+    short_title,
+)
 from experiments.experiment import Experiment
-from experiments.methods import METHODS
 from experiments.records import measurements
-from experiments.stats import Difference, holm, interval, welch
+from experiments.stats import welch
 
 Answer = tuple[str, str]  # a verdict, and the numbers behind it
-MARGINS = {"resnet56": 0.5, "mobilenet_v2": 1.0}  # points: a smaller difference counts as none
 CHEAPER, SLIGHTLY = 2, 1.1  # times: what counts for the cost of a set as reproduced, and as partly
-PLAIN = ("norm", "uniform", "norm-kept")  # what methods are compared with
-SAME = Difference(0.0, 0.0, 0.0, 1.0)  # of two methods with the same networks
 
 
 def claims(experiments: Iterable[Experiment]) -> pd.DataFrame:
@@ -39,160 +44,6 @@ def worded(table: pd.DataFrame) -> pd.DataFrame:
     """An experiment's claims for reading: the paper's word, the verdict and the numbers behind it."""
     columns = {"claim": "claim", "paper": "paper", "verdict": "verdict", "evidence": "numbers"}
     return table[list(columns)].rename(columns=columns).set_index("claim")
-
-
-# Differences ------------------------------------------------------------------------------
-
-
-def judged_targets(exp: Experiment) -> list[float]:
-    """The paper's FLOP counts for this network, from the highest down; where none is a target, all targets."""
-    papers = [target for target in paper_changes(exp.settings.model) if target in exp.settings.targets]
-    return sorted(papers or exp.settings.targets, reverse=True)
-
-
-def margin(exp: Experiment) -> float:
-    return MARGINS.get(exp.settings.model, 1.0)
-
-
-def endpoint(exp: Experiment, method: str) -> list[float]:
-    """A method's mean accuracy over the judged targets in percent, one of each trial."""
-    table = exp.networks
-    rows = table[(table.method == method) & table.target.isin(judged_targets(exp))]
-    return (100 * rows.groupby("trial").accuracy.mean()).tolist()
-
-
-def difference(exp: Experiment, method: str, other: str) -> Difference:
-    """Of the endpoints, in points; `SAME` where the networks of all trials are the same."""
-    networks = exp.networks.set_index(["target", "trial"])
-    each, those = (networks.accuracy[networks.method == name] for name in (method, other))
-    return SAME if each.equals(those) else welch(endpoint(exp, method), endpoint(exp, other))
-
-
-def differences(exp: Experiment, method: str, other: str) -> dict[float, Difference]:
-    """At single targets, from the highest down, in points."""
-    table = exp.networks
-    values = {m: 100 * table[table.method == m].set_index("target").accuracy for m in (method, other)}
-    targets = sorted(exp.settings.targets, reverse=True)
-    return {target: welch(values[method].loc[[target]], values[other].loc[[target]]) for target in targets}
-
-
-def comparisons(exp: Experiment) -> pd.DataFrame:
-    """Every method's endpoint in percent with its 95% interval, and its difference from each of `PLAIN`, in words."""
-    rows = []
-    for method in exp.methods:
-        values = pd.Series(endpoint(exp, method))
-        spread = f" ± {interval(values):.2f}" if len(values) > 1 else ""
-        row = {"method": METHODS[method].label, "trials": len(values)}
-        row[f"mean over {in_words(judged_targets(exp))} (%)"] = f"{values.mean():.2f}{spread}"
-        for other in PLAIN:
-            if other in exp.methods:
-                row[f"minus {METHODS[other].label}"] = "–" if other == method else _judged(exp, method, other)
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("method")
-
-
-def _judged(exp: Experiment, method: str, other: str) -> str:
-    lead = difference(exp, method, other)
-    return "the same networks" if lead is SAME else f"{lead} ({lead.verdict(margin(exp))})"
-
-
-PHRASES = {
-    "ahead": "ahead of",
-    "behind": "behind",
-    "undecided": "undecided against",
-    "untested": "one trial, no verdict against",
-}
-
-
-def _phrase(exp: Experiment, lead: Difference) -> str:
-    if lead is SAME:
-        return "the same networks as"
-    return PHRASES.get(lead.verdict(margin(exp)), f"equal within {margin(exp):g} points to")
-
-
-def finding(exp: Experiment, method: str) -> str:
-    """One sentence: a method's endpoint, and how it stands to those of the plain methods."""
-    label = METHODS[method].label
-    if exp.settings.data.name == "digits":
-        return f"{label}: digits, no verdict"
-    leads = {other: difference(exp, method, other) for other in PLAIN if other in exp.methods and other != method}
-    phrases = [
-        f"{_phrase(exp, lead)} {METHODS[other].label}" + ("" if lead is SAME else f" ({lead})")
-        for other, lead in leads.items()
-    ]
-    mean = f"{statistics.mean(endpoint(exp, method)):.1f}% in the mean over {in_words(judged_targets(exp))}"
-    return f"{label}: {mean}; {', '.join(phrases)}"
-
-
-def opening(experiments: list[Experiment]) -> str:
-    """How every method stands to norm-only in each experiment, in words."""
-    if experiments[0].settings.data.name == "digits":
-        return "digits, no verdict"
-    methods = []
-    for method in (name for name in experiments[0].methods if name != "norm"):
-        leads = [difference(exp, method, "norm") for exp in experiments]
-        verdicts = [
-            f"{'the same networks' if lead is SAME else lead.verdict(margin(exp))} on {short_title(exp)}"
-            for exp, lead in zip(experiments, leads, strict=True)
-        ]
-        methods.append(f"{METHODS[method].label}: {', '.join(verdicts)}")
-    return f"Against {METHODS['norm'].label}: {'; '.join(methods)}."
-
-
-def endpoints(experiments: list[Experiment]) -> pd.DataFrame:
-    """Endpoints of all methods and of the dense network in percent, and their differences from norm-only in points."""
-    columns = {}
-    for exp in experiments:
-        table = comparisons(exp)
-        accuracy = table.filter(like="mean over").squeeze("columns")
-        dense = pd.Series({"dense": f"{100 * exp.dense['accuracy']:.2f}"})
-        columns[f"{exp.title}, {accuracy.name}"] = pd.concat([dense, accuracy])
-        minus = f"minus {METHODS['norm'].label}"
-        columns[f"{short_title(exp)}, {minus}"] = pd.concat([pd.Series({"dense": "–"}), table[minus]])
-    return pd.DataFrame(columns).rename_axis("test accuracy")
-
-
-def short_title(exp: Experiment) -> str:
-    """The network's name."""
-    return exp.title.partition(" on ")[0]
-
-
-def headline(exp: Experiment) -> str:
-    """How the last of the learned methods stands to the plain ones, in a few words."""
-    *_, method = (name for name in exp.methods if METHODS[name].learned)
-    if exp.settings.data.name == "digits":
-        return "digits, no verdict"
-    phrases: dict[str, list[str]] = {}
-    for other in (name for name in PLAIN if name in exp.methods):
-        phrases.setdefault(_phrase(exp, difference(exp, method, other)), []).append(METHODS[other].label)
-    return f"{METHODS[method].label}: " + "; ".join(f"{phrase} {' and '.join(to)}" for phrase, to in phrases.items())
-
-
-def in_words(targets: Iterable[float]) -> str:
-    """FLOP counts in words: 70, 60 and 50% of the FLOPs."""
-    *first, last = [f"{100 * target:g}" for target in targets]
-    return f"{', '.join(first)} and {last}% of the FLOPs" if first else f"{last}% of the FLOPs"
-
-
-def over_norm_only(exp: Experiment) -> pd.DataFrame:
-    """Every trial's points over norm-only's mean: columns category (a FLOP count), method, value, star.
-
-    `star`: the method differs from norm-only at this count, by Holm's correction over the judged ones.
-    """
-    table, rows = exp.networks, []
-    norm_only = 100 * table[table.method == "norm"].groupby("target").accuracy.mean()
-    for target in sorted(exp.settings.targets, reverse=True):
-        for method in (name for name in exp.methods if name != "norm"):
-            trials = table[(table.method == method) & (table.target == target)]
-            star = target in differing(exp, method, "norm")
-            rows += [(f"{target:.0%}", method, 100 * a - norm_only[target], star) for a in trials.accuracy]
-    return pd.DataFrame(rows, columns=["category", "method", "value", "star"])
-
-
-def differing(exp: Experiment, method: str, other: str) -> list[float]:
-    """The judged targets at which two methods differ, by Holm's correction."""
-    judged, single = judged_targets(exp), differences(exp, method, other)
-    return [t for t, differs in zip(judged, holm([single[t].p for t in judged]), strict=True) if differs]
 
 
 def leads(method: str, other: str) -> Callable[[Experiment], Answer]:

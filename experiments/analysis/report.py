@@ -15,7 +15,7 @@ from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
-from experiments.analysis import claims, comparison_figures, figures
+from experiments.analysis import claims, comparison_figures, figures, verdicts
 from experiments.analysis.tables import accuracies, computing_hours, markdown
 from experiments.experiment import Experiment
 from experiments.methods import METHODS
@@ -61,7 +61,7 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     answers.to_csv(out / "claims.csv", index=False)
     hours = pd.concat({exp.name: computing_hours(exp) for exp in experiments}, names=["experiment"])
     hours.to_csv(out / "compute.csv", float_format="%.4g")
-    opening, endpoints = claims.opening(experiments), claims.endpoints(experiments)
+    opening, endpoints = verdicts.opening(experiments), verdicts.endpoints(experiments)
     times = "; ".join(claims.time_won(exp) for exp in experiments)
     write_text(out / "answer.md", f"**{opening}**\n\n{markdown(endpoints)}\n{times}.\n")
     results = "\n".join(_results(exp, answers) for exp in experiments)
@@ -94,7 +94,7 @@ def _runs(experiments: list[Experiment], hours: pd.DataFrame) -> str:
 
 def _results(exp: Experiment, answers: pd.DataFrame) -> str:
     """Three tables of an experiment, in Markdown: methods compared, accuracy at every FLOP count, claims."""
-    judged, table = claims.comparisons(exp), accuracies(exp.networks)
+    judged, table = verdicts.comparisons(exp), accuracies(exp.networks)
     return "\n".join(
         [
             f"## {exp.title}\n",
@@ -108,11 +108,11 @@ def _results(exp: Experiment, answers: pd.DataFrame) -> str:
 
 def _draw(experiments: list[Experiment], answers: pd.DataFrame, out: Path) -> dict[str, str]:
     """Draw hero, tiles and idea; returned as base64."""
-    panels = {f"{exp.title}\n{claims.headline(exp)}": claims.over_norm_only(exp) for exp in experiments}
+    panels = {f"{exp.title}\n{verdicts.headline(exp)}": verdicts.over_norm_only(exp) for exp in experiments}
     about = " | ".join([f"{experiments[0].scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
     stars = "dots: trials, bars: means, *: differs from norm-only (Holm); FLOP counts below the paper's are not judged"
     figures.save(comparison_figures.hero(panels, f"{about} | {stars}"), out / "hero")
-    networks = {exp.name: claims.short_title(exp) for exp in experiments}
+    networks = {exp.name: verdicts.short_title(exp) for exp in experiments}
     runs = " | ".join(f"{networks[exp.name]} {exp.effort}" for exp in experiments)
     figures.save(comparison_figures.tiles(answers, networks, f"{experiments[0].scale} scale | {runs}"), out / "tiles")
     exp = experiments[-1]

@@ -18,15 +18,6 @@ from experiments.stats import interval
 from legr.files import read_json
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy in percent of each method at each target, means over trials; `interval`: half of the 95% one."""
-    groups = table.groupby(["target", "method"], sort=False)
-    means = 100 * groups[["accuracy_before", "accuracy_recalibrated", "accuracy", "accuracy_float32"]].mean()
-    means.insert(0, "mflops", groups.flops.mean() / 1e6)
-    means = means.assign(interval=100 * groups.accuracy.agg(interval), trials=groups.size())
-    return means.sort_index(level="target", ascending=False, sort_remaining=False, kind="stable")
-
-
 def accuracies(table: pd.DataFrame) -> pd.DataFrame:
     """Fine-tuned test accuracy in percent, mean and half of the 95% interval: methods by FLOPs left."""
     groups = (100 * table.set_index(["method", "target"]).accuracy).groupby(level=[0, 1], sort=False)

@@ -42,7 +42,7 @@ def digits(settings: DataSettings, _: Path | None = None) -> Read:
     # Noise, without which all of them are easy and all networks the same.
     grey += 0.15 * torch.randn(grey.shape, generator=torch.Generator().manual_seed(0))
     large = F.interpolate(grey.clamp(0, 1), size=settings.shape[1:], mode="bilinear", align_corners=False)
-    pixels = (large * 255).round().to(torch.uint8).expand(-1, settings.channels, -1, -1).contiguous()
+    pixels = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
     every = _images(settings, pixels, torch.tensor(bunch.target, dtype=torch.int64))
     test = torch.arange(len(every)) % 3 == 0
     return [str(d) for d in range(10)], every[~test], every[test], {}

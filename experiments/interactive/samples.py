@@ -63,7 +63,7 @@ def read(exp: Experiment) -> Samples:
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                picture = Image.open(archive.open(name)).convert("RGB" if settings.channels == 3 else "L")
+                picture = Image.open(archive.open(name)).convert("RGB")
                 pixels, labels = pictures[name.partition("/")[0]]
                 pixels.append(torch.from_numpy(np.atleast_3d(picture).copy()).permute(2, 0, 1))
                 labels.append(int(Path(name).stem.partition("-")[2]))

@@ -239,6 +239,6 @@ def latencies(exp: Experiment) -> pd.DataFrame:
 
 def latency_made_of(exp: Experiment, masks: dict[str, str]) -> dict[str, Any]:
     """Times depend on the hardware, and on the precision that it chooses."""
-    settings = as_written(exp.settings, {"model": True, "latency": True, "data": {"channels", "resolution"}})
+    settings = as_written(exp.settings, {"model": True, "latency": True, "data": {"resolution"}})
     settings |= {"hardware": hardware(exp), "computed in": exp.compute.precision}
     return made_of(exp, "measurement", settings, {"masks": masks})

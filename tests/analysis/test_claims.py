@@ -10,7 +10,7 @@ import torch
 from scipy.stats import ttest_ind
 
 from experiments import stats
-from experiments.analysis import claims, tables
+from experiments.analysis import claims, tables, verdicts
 from experiments.experiment import Experiment
 from experiments.methods import METHODS
 from legr.files import UserError, write_json
@@ -68,7 +68,7 @@ def noisy(worth):
     return lambda m, target, trial: 0.9 + (worth(m, target) + 0.1 * ((trial + len(m)) % 3)) / 100
 
 
-def verdicts(exp):
+def claimed(exp):
     table = claims.claims([exp])
     return dict(zip(table.claim, table.verdict, strict=True)), dict(zip(table.claim, table.evidence, strict=True))
 
@@ -80,9 +80,9 @@ def test_a_verdict_is_that_of_the_mean_over_the_papers_counts(experiment, points
     """70 and 47% for ResNet-56; 15% is shown and not judged."""
     at = {0.7: points[0], 0.47: points[1], 0.15: -50}
     exp = experiment(noisy(lambda method, target: at[target] if method == "legr" else 0))
-    found, evidence = verdicts(exp)
+    found, evidence = claimed(exp)
     assert found[NORMS] == verdict and "15% −50.00" in evidence[NORMS]
-    low, high = claims.difference(exp, "legr", "norm")[1:3]
+    low, high = verdicts.difference(exp, "legr", "norm")[1:3]
     more = noisy(lambda method, _: sum(points) / 2 if method == "legr" else 0)
     values = [[100 * more(method, 0, trial) for trial in range(3)] for method in ("legr", "norm")]
     expected = ttest_ind(*values, equal_var=False).confidence_interval(0.95)
@@ -91,9 +91,9 @@ def test_a_verdict_is_that_of_the_mean_over_the_papers_counts(experiment, points
 
 def test_wide_intervals_are_open_and_trials_need_not_be_as_many(experiment):
     exp = experiment(lambda m, target, trial: 0.9 + 0.02 * (trial - 2) * (m == "legr"), more_trials={"legr": 5})
-    assert verdicts(exp)[0][NORMS] == "undecided"
-    assert "undecided against norm-only (" in claims.finding(exp, "legr")
-    table = claims.comparisons(exp)
+    assert claimed(exp)[0][NORMS] == "undecided"
+    assert "undecided against norm-only (" in verdicts.finding(exp, "legr")
+    table = verdicts.comparisons(exp)
     assert table.trials.to_dict() == {METHODS[m].label: 5 if m == "legr" else 3 for m in exp.methods}
 
 
@@ -102,10 +102,10 @@ def test_a_rule_that_keeps_the_same_filters_is_no_difference(experiment):
     exp = experiment(noisy(lambda method, _: 0))
     same = exp.networks[exp.networks.method == "norm"].assign(method="norm-kept")
     exp.networks, exp.methods = pd.concat([exp.networks, same]), [*exp.methods, "norm-kept"]
-    assert claims.comparisons(exp).loc["norm-only + rule", "minus norm-only"] == "the same networks"
-    assert claims.finding(exp, "norm-kept").split("FLOPs; ")[1].startswith("the same networks as norm-only, ")
+    assert verdicts.comparisons(exp).loc["norm-only + rule", "minus norm-only"] == "the same networks"
+    assert verdicts.finding(exp, "norm-kept").split("FLOPs; ")[1].startswith("the same networks as norm-only, ")
     claim = "Ours: norms with a rule beat norms alone"
-    assert [answers[claim] for answers in verdicts(exp)] == ["equal within 0.5", "the same networks"]
+    assert [answers[claim] for answers in claimed(exp)] == ["equal within 0.5", "the same networks"]
 
 
 def test_single_counts_differ_by_holms_correction(experiment):
@@ -115,7 +115,7 @@ def test_single_counts_differ_by_holms_correction(experiment):
         spread = {0.7: 0.1, 0.47: 1.6, 0.15: 0.1}[target]
         return 0.9 + (2 * (method == "legr") + spread * (trial - 1) / 2) / 100
 
-    evidence = verdicts(experiment(accuracy))[1][NORMS]
+    evidence = claimed(experiment(accuracy))[1][NORMS]
     assert re.search(r"70% \+2\.00 ± 0\.\d\d\*, 47% \+2\.00 ± 1\.\d\d\*, 15% \+2\.00 ± 0\.\d\d$", evidence)
     assert stats.holm([0.03, 0.001, 0.04]) == [False, True, False] and stats.holm([0.02, 0.03]) == [True, True]
 
@@ -131,19 +131,19 @@ def test_networks_that_were_trained_unlike_are_not_compared(tmp_path):
 
 def test_one_trial_and_digits_give_no_verdict(experiment):
     exp = experiment(noisy(lambda method, _: method == "legr"), trials=1)
-    verdict, evidence = verdicts(exp)
+    verdict, evidence = claimed(exp)
     assert verdict[NORMS] == "untested" and "±" not in evidence[NORMS]
-    assert set(verdicts(experiment(data="digits"))[0].values()) == {"untested"}
+    assert set(claimed(experiment(data="digits"))[0].values()) == {"untested"}
 
 
 def test_accuracy_is_held_against_the_papers_after_its_own_training_only(experiment):
-    verdict, evidence = verdicts(experiment(lambda m, t, k: 0.91))
+    verdict, evidence = claimed(experiment(lambda m, t, k: 0.91))
     assert verdict[KEPT] == "untested" and "70% −1.00, 47% −1.00" in evidence[KEPT]
     assert tables.paper_changes("resnet56") == {0.7: 0.2, 0.47: -0.2}
     assert tables.paper_changes("mobilenet_v2") == {0.7: -0.4, 0.6: -1.05, 0.5: -2.44}
     exp = experiment(lambda m, t, k: 0.92)
     exp.scale = "paper"
-    assert verdicts(exp)[0][KEPT] == "reproduced"
+    assert claimed(exp)[0][KEPT] == "reproduced"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_answers_of_the_ablations_are_compared_over_searches(experiment, searche
         for seed in (1, 2)
         for trial in range(searches)
     ]
-    found, evidence = verdicts(experiment(answers=rows))
+    found, evidence = claimed(experiment(answers=rows))
     lowest, few = "Judging at the lowest FLOP count is enough", "A few steps τ̂ are enough for the fitness"
     assert found[lowest] == found[few] == verdict
     assert evidence[lowest].startswith(f"learned at 15%, minus learned at 70%: {points:+.2f}".replace("-", "−"))
@@ -171,7 +171,7 @@ def test_answers_of_the_ablations_are_compared_over_searches(experiment, searche
     [(0.5, 2.0, "reproduced", "reproduced"), (1.2, 1.9, "partly", "partly"), (0.5, 1.0, "reproduced", "not")],
 )
 def test_latency_falls_at_every_batch_size_and_a_set_is_cheap_in_every_trial(experiment, slow, lowest, latency, cost):
-    found, evidence = verdicts(experiment(slow=slow, lowest=lowest))
+    found, evidence = claimed(experiment(slow=slow, lowest=lowest))
     assert found["Latency falls as FLOPs fall"] == latency
     assert f"batch 1: 70% 0.80, 47% {slow:.2f}; batch 64" in evidence["Latency falls as FLOPs fall"]
     assert found["One search for a set costs less than a search per network"] == cost
@@ -180,8 +180,8 @@ def test_latency_falls_at_every_batch_size_and_a_set_is_cheap_in_every_trial(exp
 
 def test_the_hero_says_in_its_title_what_it_shows(experiment):
     exp = experiment(noisy(lambda method, _: 2 * (method == "legr-ours") - (method == "uniform")))
-    assert claims.headline(exp) == "LeGR, ours: ahead of norm-only and uniform"
-    points = claims.over_norm_only(exp)
+    assert verdicts.headline(exp) == "LeGR, ours: ahead of norm-only and uniform"
+    points = verdicts.over_norm_only(exp)
     assert set(points.method) == {"legr", "legr-ours", "uniform"} and points.category.iloc[0] == "70%"
     ours = points[points.method == "legr-ours"]
     assert ours.value.mean() == pytest.approx(2, abs=0.1) and ours.star.tolist() == [True] * 6 + [False] * 3

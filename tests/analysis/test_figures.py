@@ -1,24 +1,12 @@
-"""Figures: the interval, and that each draws what the demo has not, whose figures the pipeline's tests draw."""
-
-import math
+"""Figures: each draws what the demo has not, whose figures the pipeline's tests draw."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from scipy import stats
 
 from experiments.analysis import comparison_figures, figures
-from experiments.stats import interval
 from tests.conftest import random_kept
-
-
-def test_the_interval_is_students():
-    values = pd.Series([92.1, 92.5, 91.8])
-    low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
-    assert interval(values) == pytest.approx((high - low) / 2)
-    assert interval(pd.Series([1.0, 2.0])) == pytest.approx(12.706 * 0.5, rel=1e-3)  # t(0.975, 1) = 12.706
-    assert math.isnan(interval(values[:1]))
 
 
 def tradeoff():

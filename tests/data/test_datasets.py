@@ -86,12 +86,12 @@ def test_photographs_as_cameras_and_people_leave_them(tmp_path, stream):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     turned.save(root / "train/ant/1.png", exif=exif)
-    data = prepared(root, tmp_path / "out", resolution=(20, 40), channels=1, normalization="none", stream=stream)
+    data = prepared(root, tmp_path / "out", resolution=(20, 40), normalization="none", stream=stream)
     inputs, _ = next(data.train.batches(3))
     for image, name in ((inputs[0, 0], "16 bits"), (inputs[1, 0], "turned")):
         np.testing.assert_allclose(image, np.tile(np.linspace(0, 1, 40), (20, 1)), atol=0.01, err_msg=name)
     batches = list(data.train.augmented_batches(4, torch.Generator().manual_seed(0)))
-    assert all(inputs.shape == (4, 1, 20, 40) and 0 <= inputs.min() <= inputs.max() <= 1 for inputs, _ in batches)
+    assert all(inputs.shape == (4, 3, 20, 40) and 0 <= inputs.min() <= inputs.max() <= 1 for inputs, _ in batches)
 
 
 @pytest.mark.parametrize("stream", [False, True])

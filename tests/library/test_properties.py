@@ -1,7 +1,5 @@
 """Random networks and random masks: what must hold for any of them (hypothesis)."""
 
-import itertools
-import math
 import re
 
 import numpy as np
@@ -13,8 +11,9 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import legr
+from benchmarks.procedures import plain_select
 from legr.models import BasicBlock
-from legr.ranking import FLOOR, MIN_WIDTH
+from legr.ranking import FLOOR
 from tests.conftest import assert_same_gradients, random_kept, settle, silenced
 from tests.library.test_graph import counted
 
@@ -154,24 +153,6 @@ def random_scores(graph, seed):
     return [torch.rand(width, generator=generator) for width in graph.widths]
 
 
-def retold(graph, scores, fraction, floor=0.1):
-    """Fig. 2 step by step: one unit at a time, FLOPs counted afresh after each."""
-    importance = np.zeros(graph.unit_count)
-    for units, score in zip(graph.units, scores, strict=True):
-        for unit, value in zip(units, score.tolist(), strict=True):
-            importance[unit] += value if unit >= 0 else 0
-    kept = [torch.ones(w, dtype=torch.bool) for w in graph.widths]
-    for unit in np.argsort(importance, kind="stable"):
-        if graph.flops(kept) < fraction * graph.flops():
-            return kept
-        trial = [k & torch.from_numpy(units != unit) for k, units in zip(kept, graph.units, strict=True)]
-        lost = [w - int(k.sum()) for w, k in zip(graph.widths, trial, strict=True)]
-        room = [min(math.floor((1 - floor) * w), w - MIN_WIDTH) for w in graph.widths]
-        if all(x <= most for x, most in zip(lost, room, strict=True)):
-            kept = trial
-    return kept
-
-
 @settings(max_examples=40, **EXAMPLES)
 @given(networks(check=False), st.integers(0, 1000), st.sampled_from([FLOOR, 0.3]))
 def test_selection_is_legr_pruning_and_smaller_networks_are_subsets(made, seed, floor):
@@ -189,21 +170,6 @@ def test_selection_is_legr_pruning_and_smaller_networks_are_subsets(made, seed, 
                     legr.select(graph, scores, lowest - 0.0011, floor=floor)
             break
         assert all((small <= large).all() for small, large in zip(kept, larger, strict=True))
-        expected = retold(graph, scores, fraction, floor) if fraction < 1 else larger
+        expected = plain_select(graph, scores, fraction, floor) if fraction < 1 else larger
         assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
         larger = kept
-
-
-@settings(max_examples=40, **EXAMPLES)
-@given(networks(check=False), st.integers(0, 1000), st.booleans())
-def test_targets_of_both_kinds_hold_by_both_methods(made, seed, of_params):
-    _, graph, _ = made
-    scores, cost = random_scores(graph, seed), graph.params if of_params else graph.flops
-    for select, fraction in itertools.product((legr.select, legr.select_uniform), (0.9, 0.7, 0.5)):
-        target = {"target": fraction, "cost": cost}
-        try:
-            kept = select(graph, scores, **target)
-        except legr.UserError as error:
-            assert f"is {fraction}; the lowest reachable" in str(error)
-            continue
-        assert cost(kept) < fraction * cost()
