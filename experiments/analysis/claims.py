@@ -163,12 +163,12 @@ def times_over_dense(exp: Experiment) -> pd.DataFrame:
 
 
 def time_won(exp: Experiment) -> str:
-    """One sentence: how fast LeGR's network of the lowest judged target is."""
+    """How fast LeGR's network of the lowest judged target is, beside the dense one."""
     target = judged_targets(exp)[-1]
     times = [f"{ratio:.2f} (batch {batch})" for batch, ratio in times_over_dense(exp).loc[target].items()]
     record = measurements(exp.path("compare"))[0]
     there = f"on {record['hardware']}, {record['precision']}"
-    return f"{short_title(exp)} at {target:.0%} of the FLOPs takes {' and '.join(times)} of the dense time, {there}"
+    return f"{short_title(exp)} at {target:.0%} of the FLOPs {', '.join(times)} {there}"
 
 
 def _papers_drops() -> str:

@@ -70,7 +70,7 @@ def hero(panels: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """
     everything = pd.concat({title.partition("\n")[0]: table for title, table in panels.items()}, names=["experiment"])
     data = everything.reset_index(level=0)
-    figure, axes = new_figure(data, caption, 12.5, 5, columns=len(panels))
+    figure, axes = new_figure(data, caption, 12.5, 4.5, columns=len(panels))
     for ax, (title, table) in zip(axes[0], panels.items(), strict=True):
         dots(ax, table)
         ax.axhline(0, color=COLORS["norm"], lw=2, zorder=0)
@@ -101,10 +101,11 @@ def _direct_labels(ax: Axes, ends: pd.Series) -> None:
         ax.annotate(LABELS[method], (ax.get_xlim()[1], height), color=COLORS[method], annotation_clip=False, **place)
 
 
-VERDICTS = {  # colours of a tile and of its text; "equal within 0.5" goes by its first word
+VERDICTS = {  # colours of a tile and of its text, by the first word of a verdict: "equal within 0.5"
     "ahead": ("#1A7F37", "white"),
     "reproduced": ("#1A7F37", "white"),
     "equal": ("#BFDDF3", "black"),
+    "by": ("#8FD19B", "black"),
     "partly": ("#8FD19B", "black"),
     "behind": ("#F0A27E", "black"),
     "not": ("#F0A27E", "black"),
@@ -121,7 +122,7 @@ def tiles(claims: pd.DataFrame, titles: Mapping[str, str], caption: str) -> Figu
         titles: of experiments, by their names.
     """
     names = list(dict.fromkeys(claims.claim))
-    figure, ((ax,),) = new_figure(claims, caption, 8.8, 0.38 * len(names) + 0.9)
+    figure, ((ax,),) = new_figure(claims, caption, 8.8, 0.33 * len(names) + 0.9)
     for row in claims.itertuples():
         color, text = VERDICTS[row.verdict.split()[0]]
         x, y = list(titles).index(row.experiment), names.index(row.claim)

@@ -61,9 +61,9 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     answers.to_csv(out / "claims.csv", index=False)
     hours = pd.concat({exp.name: computing_hours(exp) for exp in experiments}, names=["experiment"])
     hours.to_csv(out / "compute.csv", float_format="%.4g")
-    opening, endpoints = verdicts.opening(experiments), verdicts.endpoints(experiments)
+    opening, table = verdicts.opening(experiments), verdicts.over_norm_only_in_words(experiments)
     times = "; ".join(claims.time_won(exp) for exp in experiments)
-    write_text(out / "answer.md", f"**{opening}**\n\n{markdown(endpoints)}\n{times}.\n")
+    write_text(out / "answer.md", f"**{opening}**\n\n{markdown(table)}\nTime over the dense network's: {times}.\n")
     results = "\n".join(_results(exp, answers) for exp in experiments)
     write_text(out / "results.md", _runs(experiments, hours) + results)
     pictures = _draw(experiments, answers, out)
@@ -73,7 +73,7 @@ def _build(experiments: list[Experiment], out: Path) -> None:
         digits=experiments[0].settings.data.name == "digits",
         titles=titles,
         opening=opening,
-        endpoints=endpoints.reset_index(),
+        endpoints=table.reset_index(),
         claims=answers.groupby(["claim", "paper"], sort=False),
         places=places,
         hours=hours.assign(total=hours.sum(axis=1)).round(2),

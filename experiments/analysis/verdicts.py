@@ -101,26 +101,27 @@ def opening(experiments: list[Experiment]) -> str:
         return "digits, no verdict"
     methods = []
     for method in (name for name in experiments[0].methods if name != "norm"):
-        leads = [difference(exp, method, "norm") for exp in experiments]
-        stands = [
-            f"{'the same networks' if lead is SAME else lead.verdict(margin(exp))} on {short_title(exp)}"
-            for exp, lead in zip(experiments, leads, strict=True)
-        ]
-        methods.append(f"{METHODS[method].label}: {', '.join(stands)}")
-    return f"Against {METHODS['norm'].label}: {'; '.join(methods)}."
+        stands: dict[str, list[str]] = {}
+        for exp in experiments:
+            lead = difference(exp, method, "norm")
+            verdict = "the same networks" if lead is SAME else lead.verdict(margin(exp))
+            stands.setdefault(verdict, []).append(short_title(exp))
+        verdicts = ", ".join(f"{verdict} on {' and '.join(networks)}" for verdict, networks in stands.items())
+        methods.append(f"{METHODS[method].label}: {verdicts}")
+    return f"Against {METHODS['norm'].label} pruning, {'; '.join(methods)}."
 
 
-def endpoints(experiments: list[Experiment]) -> pd.DataFrame:
-    """Endpoints of all methods and of the dense network in percent, and their differences from norm-only in points."""
+def over_norm_only_in_words(experiments: list[Experiment]) -> pd.DataFrame:
+    """Every method's difference from norm-only at the endpoint: a row a method, a column an experiment."""
     columns = {}
     for exp in experiments:
-        table = comparisons(exp)
-        accuracy = table.filter(like="mean over").squeeze("columns")
-        dense = pd.Series({"dense": f"{100 * exp.dense['accuracy']:.2f}"})
-        columns[f"{exp.title}, {accuracy.name}"] = pd.concat([dense, accuracy])
-        minus = f"minus {METHODS['norm'].label}"
-        columns[f"{short_title(exp)}, {minus}"] = pd.concat([pd.Series({"dense": "–"}), table[minus]])
-    return pd.DataFrame(columns).rename_axis("test accuracy")
+        norm_only = f"{METHODS['norm'].label} {statistics.mean(endpoint(exp, 'norm')):.2f}%"
+        dense = f"dense {exp.dense['accuracy']:.2%}"
+        over = f"over {in_words(judged_targets(exp))}"
+        columns[f"{exp.title}, {over} ({norm_only}, {dense})"] = {
+            METHODS[method].label: _judged(exp, method, "norm") for method in exp.methods if method != "norm"
+        }
+    return pd.DataFrame(columns).rename_axis("points of test accuracy over norm-only")
 
 
 def short_title(exp: Experiment) -> str:
