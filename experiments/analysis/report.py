@@ -95,9 +95,15 @@ def _runs(experiments: list[Experiment], hours: pd.DataFrame) -> str:
 def _results(exp: Experiment, answers: pd.DataFrame) -> str:
     """Three tables of an experiment, in Markdown: methods compared, accuracy at every FLOP count, claims."""
     judged, table = verdicts.comparisons(exp), accuracies(exp.networks)
+    machines = exp.networks.groupby(["hardware", "method"], sort=False).size().groupby("hardware", sort=False)
+    trained = [
+        f"on {hardware}: {'; '.join(f'{count} of {METHODS[name].label}' for (_, name), count in counts.items())}"
+        for hardware, counts in machines
+    ]
     return "\n".join(
         [
             f"## {exp.title}\n",
+            f"Networks trained {'. Networks trained '.join(trained)}.\n",
             markdown(judged),
             f"Test accuracy by FLOPs left; the dense network has {exp.dense['accuracy']:.2%}.\n",
             markdown(table),
