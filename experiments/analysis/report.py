@@ -1,7 +1,6 @@
 """The whole scale on one page that can be read offline: the answer first, then the executed notebooks."""
 
 import base64
-import io
 import json
 import re
 from pathlib import Path
@@ -13,7 +12,6 @@ from jinja2 import Environment, FileSystemLoader
 from latex2mathml.converter import convert
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from PIL import Image
 
 from experiments.analysis import claims, comparison_figures, figures, verdicts
 from experiments.analysis.tables import accuracies, computing_hours, markdown
@@ -129,7 +127,7 @@ def _draw(experiments: list[Experiment], answers: pd.DataFrame, out: Path) -> di
     ranking = exp.ranking(method, 0)
     figure = comparison_figures.idea(exp.graph, exp.norms, ranking, target, exp.settings.floor, method, about)
     figures.save(figure, out / "idea")
-    return {name: _embedded((out / f"{name}.png").read_bytes()) for name in ("hero", "idea")}
+    return {name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in ("hero", "idea")}
 
 
 def _cuts(exp: Experiment) -> dict[str, Any]:
@@ -169,14 +167,4 @@ def _chapter(exporter: HTMLExporter, path: Path, folder: Path) -> dict[str, str]
         title += f": {METHODS[path.parent.name].label}"
     for cell in notebook.cells:
         cell.source = re.sub(r"^> \*\*To play:\*\*.*$", "", cell.source, flags=re.M)
-        for output in (output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})):
-            output.data["image/png"] = _embedded(base64.b64decode(output.data["image/png"]))
-            output.metadata["image/png"] = {"alt": title}
     return {"title": title, "stage": stage, "body": exporter.from_notebook_node(notebook)[0]}
-
-
-def _embedded(png: bytes) -> str:
-    """A picture in base64, with a palette of 256 colours: a third of the size."""
-    out = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(out, "PNG", optimize=True)
-    return base64.b64encode(out.getvalue()).decode()

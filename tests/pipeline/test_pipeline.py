@@ -50,7 +50,7 @@ def test_a_source_notebook_is_clean_and_short(path):
 def test_it_leaves_a_folder_for_each_stage(done):
     for stage, expected in STAGES.items():
         for part in ["notebook.ipynb", *expected]:  # of a figure both formats, and the numbers it shows
-            for name in [part] if "." in part else [f"{part}.png", f"{part}.svg", f"{part}.csv"]:
+            for name in [part] if "." in part else [f"{part}.png", f"{part}.csv"]:
                 assert (results(done) / stage / name).stat().st_size > 0, (stage, name)
     table = pd.read_csv(results(done) / "compare/tradeoff.csv")
     expected = {"method", "trial", "flops", "params", "accuracy_before", "accuracy_recalibrated", "accuracy", "seconds"}
