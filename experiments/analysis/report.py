@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import nbformat
@@ -112,7 +113,7 @@ def _results(exp: Experiment, answers: pd.DataFrame) -> str:
 
 def _draw(experiments: list[Experiment], answers: pd.DataFrame, out: Path) -> dict[str, str]:
     """Draw hero, tiles and idea; returned as base64."""
-    panels = {f"{exp.title}\n{verdicts.headline(exp)}": verdicts.over_norm_only(exp) for exp in experiments}
+    panels = {f"{exp.title}\n{fill(verdicts.headline(exp), 54)}": verdicts.over_norm_only(exp) for exp in experiments}
     about = " | ".join([f"{experiments[0].scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
     stars = "dots: trials, bars: means, *: differs from norm-only (Holm); FLOP counts below the paper's are not judged"
     figures.save(comparison_figures.hero(panels, f"{about} | {stars}"), out / "hero")

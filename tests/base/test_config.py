@@ -79,7 +79,7 @@ def test_overrides_change_one_setting(project):
 def test_a_method_is_left_out_of_an_experiment_by_its_name_alone(project):
     change(project, lambda params: params["methods"].update(learned=["legr"]))
     exp = open_experiment("demo", NAME, "compare")
-    assert exp.methods == ["legr", "norm", "uniform"] and set(exp.settings.rankings) == {"legr"}
+    assert exp.methods == ["legr", "norm", "norm-kept", "uniform"] and set(exp.settings.rankings) == {"legr"}
 
 
 def test_a_playground_reads_what_it_lacks_from_the_pipelines_results(project):
