@@ -15,7 +15,7 @@ from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from experiments.analysis import claims, comparison_figures, figures, verdicts
-from experiments.analysis.tables import accuracies, computing_hours, markdown
+from experiments.analysis.tables import accuracies, computing_hours, distinct, markdown
 from experiments.experiment import Experiment
 from experiments.methods import METHODS
 from legr.files import UserError, write_text
@@ -94,7 +94,7 @@ def _runs(experiments: list[Experiment], hours: pd.DataFrame) -> str:
 def _results(exp: Experiment, answers: pd.DataFrame) -> str:
     """Three tables of an experiment, in Markdown: methods compared, accuracy at every FLOP count, claims."""
     judged, table = verdicts.comparisons(exp), accuracies(exp.networks)
-    machines = exp.networks.groupby(["hardware", "method"], sort=False).size().groupby("hardware", sort=False)
+    machines = distinct(exp.networks).groupby(["hardware", "method"], sort=False).size().groupby("hardware", sort=False)
     trained = [
         f"on {hardware}: {'; '.join(f'{count} of {METHODS[name].label}' for (_, name), count in counts.items())}"
         for hardware, counts in machines

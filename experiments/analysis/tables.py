@@ -18,6 +18,11 @@ from experiments.stats import interval
 from legr.files import read_json
 
 
+def distinct(networks: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `Experiment.networks`, without those whose network another method has, too: it was trained once."""
+    return networks.drop_duplicates(["target", "trial", "flops", "test_loss"])
+
+
 def accuracies(table: pd.DataFrame) -> pd.DataFrame:
     """Fine-tuned test accuracy in percent, mean and half of the 95% interval: methods by FLOPs left."""
     groups = (100 * table.set_index(["method", "target"]).accuracy).groupby(level=[0, 1], sort=False)
@@ -143,7 +148,7 @@ def order_by_epoch(curves: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         Columns target, epoch, networks (their number), spearman.
     """
     keys = ["method", "target", "trial"]
-    both = curves.merge(table[[*keys, "accuracy"]], on=keys)
+    both = curves.merge(distinct(table)[[*keys, "accuracy"]], on=keys)
     rows = []
     for (target, epoch), networks in both.groupby(["target", "epoch"]):
         rows.append((target, epoch, len(networks), networks.val_accuracy.corr(networks.accuracy, "spearman")))
@@ -185,7 +190,7 @@ def computing_hours(exp: Experiment) -> pd.DataFrame:
     ]
     records += [("cuts", record) for folder in exp.folder.glob("sets/*") for record in measurements(folder)]
     rows = []
-    for kind, record in records:
+    for kind, record in {record["key"]: (kind, record) for kind, record in records}.values():  # methods may share one
         made = f"{record['hardware']}, {record['precision']}, PyTorch {record['torch']}"
         rows.append({"hardware": made, "kind": kind, "hours": record["seconds"] / 3600})
     wide = pd.DataFrame(rows).pivot_table("hours", "hardware", "kind", "sum", fill_value=0, sort=False)
