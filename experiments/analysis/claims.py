@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -15,29 +16,34 @@ from experiments.analysis.verdicts import (
     in_words,
     judged_targets,
     margin,
-    short_title,
 )
 from experiments.experiment import Experiment
-from experiments.records import measurements
 from experiments.stats import welch
 
-Answer = tuple[str, str]  # a verdict, and the numbers behind it
 CHEAPER, SLIGHTLY = 2, 1.1  # times: what counts for the cost of a set as reproduced, and as partly
 
 
+class Answer(NamedTuple):
+    """A verdict, the numbers behind it, and the one to show beside the verdict."""
+
+    verdict: str
+    evidence: str
+    number: str = ""
+
+
 def claims(experiments: Iterable[Experiment]) -> pd.DataFrame:
-    """Columns claim, paper, stage, experiment, verdict, evidence; a row for each experiment that has the methods."""
+    """Columns claim, paper, stage, experiment, verdict, evidence, number; a row an experiment that has the methods."""
     rows = []
     for exp in experiments:
         for claim in CLAIMS:
             if not set(claim.needs) <= set(exp.methods):
                 continue
-            verdict, evidence = claim.answer(exp)
+            answer = claim.answer(exp)
             if exp.settings.data.name == "digits":
-                verdict = "untested"
+                answer = Answer("untested", answer.evidence)
             paper = claim.paper if isinstance(claim.paper, str) else claim.paper()
-            rows.append([claim.says, paper, claim.stage, exp.name, verdict, evidence])
-    return pd.DataFrame(rows, columns=["claim", "paper", "stage", "experiment", "verdict", "evidence"])
+            rows.append([claim.says, paper, claim.stage, exp.name, *answer])
+    return pd.DataFrame(rows, columns=["claim", "paper", "stage", "experiment", *Answer._fields])
 
 
 def worded(table: pd.DataFrame) -> pd.DataFrame:
@@ -52,12 +58,13 @@ def leads(method: str, other: str) -> Callable[[Experiment], Answer]:
     def answer(exp: Experiment) -> Answer:
         lead, stars = difference(exp, method, other), differing(exp, method, other)
         if lead is SAME:
-            return lead.verdict(margin(exp)), "the same networks"
+            return Answer(lead.verdict(margin(exp)), "the same networks")
         single = [
             f"{target:.0%} {each}{'*' if target in stars else ''}"
             for target, each in differences(exp, method, other).items()
         ]
-        return lead.verdict(margin(exp)), f"{lead} points over {in_words(judged_targets(exp))}; {', '.join(single)}"
+        evidence = f"{lead} points over {in_words(judged_targets(exp))}; {', '.join(single)}"
+        return Answer(lead.verdict(margin(exp)), evidence, str(lead))
 
     return answer
 
@@ -76,8 +83,8 @@ def accuracy_is_kept(exp: Experiment) -> Answer:
         kept.append(groups.mean()[target] >= changes.get(target, 0) - margin(exp))
     evidence = f"points, after {epochs} epochs: {', '.join(changes_shown)}"
     if exp.scale != "paper":
-        return "untested", f"{evidence}; not judged: the paper trained longer"
-    return ("reproduced" if all(kept) else "partly" if any(kept) else "not"), evidence
+        return Answer("untested", f"{evidence}; not judged: the paper trained longer")
+    return Answer("reproduced" if all(kept) else "partly" if any(kept) else "not", evidence)
 
 
 def one_ranking_serves(exp: Experiment) -> Answer:
@@ -87,7 +94,7 @@ def one_ranking_serves(exp: Experiment) -> Answer:
     contained = [all((b <= a).all() for a, b in zip(large, small, strict=True)) for large, small in pairs]
     verdict = "by construction" if all(contained) else "not"
     which = "each" if all(contained) else f"{sum(contained)}"
-    return verdict, f"{which} of {len(pairs)} networks cut from the ranking is contained in the next larger one"
+    return Answer(verdict, f"{which} of {len(pairs)} networks cut from the ranking is contained in the next larger one")
 
 
 def answers_of_searches(exp: Experiment, searches: pd.DataFrame) -> dict[str, Answer]:
@@ -112,14 +119,14 @@ def _extremes(exp: Experiment, searches: pd.DataFrame, compared: str) -> Answer:
     accuracies = 100 * searches.groupby(["place", "answer", "trial"]).accuracy.mean()
     answers = [(name, group) for (_, name), group in accuracies.groupby(level=[0, 1])]
     if len(answers) < 2:
-        return "untested", ""
+        return Answer("untested", "")
     (low, least), (high, most) = answers[0], answers[-1]
     lead, count = welch(least, most), len(least)
     verdict = lead.verdict(margin(exp))
     verdict = {"ahead": "reproduced", "behind": "not"}.get(verdict, verdict)
     searches = f"{count} searches each" if count > 1 else "one search each, which can't decide it"
     what = f"points of accuracy after {exp.settings.ablations.steps} steps, over {in_words(judged_targets(exp))}"
-    return verdict, f"{compared.format(low, high)}: {lead} {what} ({searches})"
+    return Answer(verdict, f"{compared.format(low, high)}: {lead} {what} ({searches})")
 
 
 def by_searches(claim: str) -> Callable[[Experiment], Answer]:
@@ -137,10 +144,11 @@ def a_set_is_cheap(exp: Experiment) -> Answer:
     cost = pd.read_csv(exp.path("compare/cost.csv"))
     seven = cost[(cost.method == "legr") & (cost.networks == 7)].iloc[0]
     if pd.isna(seven.ratio):
-        return "untested", "no network was trained on the machine that searched"
+        return Answer("untested", "no network was trained on the machine that searched")
     verdict = "reproduced" if seven.lowest >= CHEAPER else "partly" if seven.lowest > SLIGHTLY else "not"
     hours = f"{seven['one search']:.1f} h instead of {seven['a search each']:.1f} h"
-    return verdict, f"{seven.ratio:.1f}× cheaper for seven networks: {hours} (against a search each, measured times)"
+    evidence = f"{seven.ratio:.1f}× cheaper for seven networks: {hours} (against a search each, measured times)"
+    return Answer(verdict, evidence, f"{seven.ratio:.1f}× cheaper")
 
 
 def latency_falls(exp: Experiment) -> Answer:
@@ -152,7 +160,8 @@ def latency_falls(exp: Experiment) -> Answer:
         for batch, at_batch in ratios.items()
     ]
     verdict = "reproduced" if all(holds) else "partly" if any(holds) else "not"
-    return verdict, f"median time over the dense network's, first trial, {'; '.join(shown)}"
+    evidence = f"median time over the dense network's, first trial, {'; '.join(shown)}"
+    return Answer(verdict, evidence, f"{ratios.iloc[-1, -1]:.2f}× time")
 
 
 def times_over_dense(exp: Experiment) -> pd.DataFrame:
@@ -160,15 +169,6 @@ def times_over_dense(exp: Experiment) -> pd.DataFrame:
     times = pd.read_csv(exp.path("compare/latency.csv"))
     wide = times[times.method.isin(["legr", "dense"])].pivot(index="target", columns="batch", values="latency_ms")
     return (wide / wide.loc[1]).loc[judged_targets(exp)]
-
-
-def time_won(exp: Experiment) -> str:
-    """How fast LeGR's network of the lowest judged target is, beside the dense one."""
-    target = judged_targets(exp)[-1]
-    times = [f"{ratio:.2f} (batch {batch})" for batch, ratio in times_over_dense(exp).loc[target].items()]
-    record = measurements(exp.path("compare"))[0]
-    there = f"on {record['hardware']}, {record['precision']}"
-    return f"{short_title(exp)} at {target:.0%} of the FLOPs {', '.join(times)} {there}"
 
 
 def _papers_drops() -> str:

@@ -70,7 +70,7 @@ def hero(panels: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """
     everything = pd.concat({title.partition("\n")[0]: table for title, table in panels.items()}, names=["experiment"])
     data = everything.reset_index(level=0)
-    figure, axes = new_figure(data, caption, 12.5, 4.5, columns=len(panels))
+    figure, axes = new_figure(data, caption, 10.5, 4.3, columns=len(panels))
     for ax, (title, table) in zip(axes[0], panels.items(), strict=True):
         dots(ax, table)
         ax.axhline(0, color=COLORS["norm"], lw=2, zorder=0)
@@ -118,16 +118,17 @@ def tiles(claims: pd.DataFrame, titles: Mapping[str, str], caption: str) -> Figu
     """The verdict on each claim (row) in each experiment (column).
 
     Args:
-        claims: columns claim, experiment, verdict, evidence.
+        claims: columns claim, experiment, verdict, evidence, number.
         titles: of experiments, by their names.
     """
     names = list(dict.fromkeys(claims.claim))
-    figure, ((ax,),) = new_figure(claims, caption, 8.8, 0.33 * len(names) + 0.9)
+    figure, ((ax,),) = new_figure(claims, caption, 10.5, 0.33 * len(names) + 0.9)
     for row in claims.itertuples():
         color, text = VERDICTS[row.verdict.split()[0]]
         x, y = list(titles).index(row.experiment), names.index(row.claim)
         ax.add_patch(plt.Rectangle((x + 0.015, y + 0.05), 0.97, 0.9, color=color, lw=0))
-        ax.text(x + 0.5, y + 0.5, row.verdict, color=text, ha="center", va="center", fontsize=11)
+        words = f"{row.verdict}  {row.number}".strip()
+        ax.text(x + 0.5, y + 0.5, words, color=text, ha="center", va="center", fontsize=11)
     ax.set(xlim=(0, len(titles)), ylim=(len(names), 0))
     ax.set_xticks([x + 0.5 for x in range(len(titles))], list(titles.values()))
     ax.set_yticks([y + 0.5 for y in range(len(names))], names)

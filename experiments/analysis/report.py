@@ -60,9 +60,8 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     answers.to_csv(out / "claims.csv", index=False)
     hours = pd.concat({exp.name: computing_hours(exp) for exp in experiments}, names=["experiment"])
     hours.to_csv(out / "compute.csv", float_format="%.4g")
-    opening, table = verdicts.opening(experiments), verdicts.over_norm_only_in_words(experiments)
-    times = "; ".join(claims.time_won(exp) for exp in experiments)
-    write_text(out / "answer.md", f"**{opening}**\n\n{markdown(table)}\nTime over the dense network's: {times}.\n")
+    opening = verdicts.opening(experiments)
+    write_text(out / "answer.md", f"**{opening}**\n")
     results = "\n".join(_results(exp, answers) for exp in experiments)
     write_text(out / "results.md", _runs(experiments, hours) + results)
     pictures = _draw(experiments, answers, out)
@@ -72,7 +71,6 @@ def _build(experiments: list[Experiment], out: Path) -> None:
         digits=experiments[0].settings.data.name == "digits",
         titles=titles,
         opening=opening,
-        endpoints=table.reset_index(),
         claims=answers.groupby(["claim", "paper"], sort=False),
         places=places,
         hours=hours.assign(total=hours.sum(axis=1)).round(2),
@@ -119,7 +117,9 @@ def _draw(experiments: list[Experiment], answers: pd.DataFrame, out: Path) -> di
     figures.save(comparison_figures.hero(panels, f"{about} | {stars}"), out / "hero")
     networks = {exp.name: verdicts.short_title(exp) for exp in experiments}
     runs = " | ".join(f"{networks[exp.name]} {exp.effort}" for exp in experiments)
-    figures.save(comparison_figures.tiles(answers, networks, f"{experiments[0].scale} scale | {runs}"), out / "tiles")
+    numbers = "± numbers: points of test accuracy, mean over the paper's FLOP counts, 95% interval"
+    about = f"{experiments[0].scale} scale | {runs} | {numbers}"
+    figures.save(comparison_figures.tiles(answers, networks, about), out / "tiles")
     exp = experiments[-1]
     method = next(name for name in exp.methods if METHODS[name].learned)
     target = min(exp.settings.rankings[method].targets)

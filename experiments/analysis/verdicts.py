@@ -96,32 +96,17 @@ def finding(exp: Experiment, method: str) -> str:
 
 
 def opening(experiments: list[Experiment]) -> str:
-    """How every method stands to norm-only in each experiment, in words."""
+    """What a search is worth: the last of the learned methods against norm-only, and against the rule."""
     if experiments[0].settings.data.name == "digits":
         return "digits, no verdict"
-    methods = []
-    for method in (name for name in experiments[0].methods if name != "norm"):
-        stands: dict[str, list[str]] = {}
-        for exp in experiments:
-            lead = difference(exp, method, "norm")
-            verdict = "the same networks" if lead is SAME else lead.verdict(margin(exp))
-            stands.setdefault(verdict, []).append(short_title(exp))
-        verdicts = ", ".join(f"{verdict} on {' and '.join(networks)}" for verdict, networks in stands.items())
-        methods.append(f"{METHODS[method].label}: {verdicts}")
-    return f"Against {METHODS['norm'].label} pruning, {'; '.join(methods)}."
-
-
-def over_norm_only_in_words(experiments: list[Experiment]) -> pd.DataFrame:
-    """Every method's difference from norm-only at the endpoint: a row a method, a column an experiment."""
-    columns = {}
-    for exp in experiments:
-        norm_only = f"{METHODS['norm'].label} {statistics.mean(endpoint(exp, 'norm')):.2f}%"
-        dense = f"dense {exp.dense['accuracy']:.2%}"
-        over = f"over {in_words(judged_targets(exp))}"
-        columns[f"{exp.title}, {over} ({norm_only}, {dense})"] = {
-            METHODS[method].label: _judged(exp, method, "norm") for method in exp.methods if method != "norm"
-        }
-    return pd.DataFrame(columns).rename_axis("points of test accuracy over norm-only")
+    *_, method = (name for name in experiments[0].methods if METHODS[name].learned)
+    sentences = ["Is a learned ranking worth its search?"]
+    points = {"norm": f"Points of test accuracy of {METHODS[method].label}, over norm-only pruning"}
+    points["norm-kept"] = "Over norm-only with a rule that needs no search"
+    for other, what in points.items():
+        leads = [f"{_judged(exp, method, other)} on {short_title(exp)}" for exp in experiments if other in exp.methods]
+        sentences += [f"{what}: {', '.join(leads)}."] if leads else []
+    return " ".join(sentences)
 
 
 def short_title(exp: Experiment) -> str:
