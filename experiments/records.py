@@ -61,7 +61,9 @@ def once(exp: Experiment, name: str, made_of: dict, make: Callable[[], dict[str,
     start = time.perf_counter()
     values = make()
     record = {"key": key, "made_of": made_of, "files": [], "seconds": round(time.perf_counter() - start, 1)} | values
-    write_json(exp.state / f"{name}.json", record | _made_with(exp))
+    # How it was made is noted, and not in its key.
+    made_with = exp.compute.model_dump() | {"hardware": hardware(exp), "torch": torch.__version__.split("+")[0]}
+    write_json(exp.state / f"{name}.json", record | made_with)
     return find(exp, name, key)
 
 
@@ -107,11 +109,6 @@ def pack(exp: Experiment, into: Path) -> None:
     """Put the stage's measurements into one file of the folder `into`."""
     write_json(into / PACKED, measurements(exp.out))
     shutil.rmtree(exp.out / MEASURED, ignore_errors=True)
-
-
-def _made_with(exp: Experiment) -> dict[str, Any]:
-    """What is noted of how a result was made, and is not in its key."""
-    return exp.compute.model_dump() | {"hardware": hardware(exp), "torch": torch.__version__.split("+")[0]}
 
 
 def hardware(exp: Experiment) -> str:

@@ -17,11 +17,6 @@ class Difference(NamedTuple):
     high: float
     p: float  # of the test that there is none
 
-    @property
-    def half(self) -> float:
-        """Half the interval's width."""
-        return (self.high - self.low) / 2
-
     def verdict(self, margin: float) -> str:
         """By docs/verdicts.md: ahead, behind, equal within `margin`, undecided; untested without an interval."""
         if math.isnan(self.low):
@@ -33,7 +28,7 @@ class Difference(NamedTuple):
         return f"equal within {margin:g}" if -margin <= self.low and self.high <= margin else "undecided"
 
     def __str__(self) -> str:
-        interval = "" if math.isnan(self.low) else f" ± {self.half:.2f}"
+        interval = "" if math.isnan(self.low) else f" ± {(self.high - self.low) / 2:.2f}"
         return f"{self.mean:+.2f}{interval}".replace("-", "−")
 
 

@@ -7,16 +7,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from experiments.analysis import verdicts
 from experiments.analysis.tables import paper_changes
-from experiments.analysis.verdicts import (
-    SAME,
-    difference,
-    differences,
-    differing,
-    in_words,
-    judged_targets,
-    margin,
-)
 from experiments.experiment import Experiment
 from experiments.stats import welch
 
@@ -46,25 +38,19 @@ def claims(experiments: Iterable[Experiment]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", "paper", "stage", "experiment", *Answer._fields])
 
 
-def worded(table: pd.DataFrame) -> pd.DataFrame:
-    """An experiment's claims for reading: the paper's word, the verdict and the numbers behind it."""
-    columns = {"claim": "claim", "paper": "paper", "verdict": "verdict", "evidence": "numbers"}
-    return table[list(columns)].rename(columns=columns).set_index("claim")
-
-
 def leads(method: str, other: str) -> Callable[[Experiment], Answer]:
     """Whether `method` is ahead of `other` at the endpoint; single targets are shown, those that differ with a star."""
 
     def answer(exp: Experiment) -> Answer:
-        lead, stars = difference(exp, method, other), differing(exp, method, other)
-        if lead is SAME:
-            return Answer(lead.verdict(margin(exp)), "the same networks")
+        lead, stars = verdicts.difference(exp, method, other), verdicts.differing(exp, method, other)
+        if lead is verdicts.SAME:
+            return Answer(lead.verdict(verdicts.margin(exp)), "the same networks")
         single = [
             f"{target:.0%} {each}{'*' if target in stars else ''}"
-            for target, each in differences(exp, method, other).items()
+            for target, each in verdicts.differences(exp, method, other).items()
         ]
-        evidence = f"{lead} points over {in_words(judged_targets(exp))}; {', '.join(single)}"
-        return Answer(lead.verdict(margin(exp)), evidence, str(lead))
+        evidence = f"{lead} points over {verdicts.judged_in_words(exp)}; {', '.join(single)}"
+        return Answer(lead.verdict(verdicts.margin(exp)), evidence, str(lead))
 
     return answer
 
@@ -78,9 +64,9 @@ def accuracy_is_kept(exp: Experiment) -> Answer:
     change = 100 * (table[table.method == "legr"].set_index("target").accuracy - exp.dense["accuracy"])
     groups = change.groupby("target")
     changes_shown, kept = [], []
-    for target in judged_targets(exp):
+    for target in verdicts.judged_targets(exp):
         changes_shown.append(f"{target:.0%} {groups.mean()[target]:+.2f}".replace("-", "−"))
-        kept.append(groups.mean()[target] >= changes.get(target, 0) - margin(exp))
+        kept.append(groups.mean()[target] >= changes.get(target, 0) - verdicts.margin(exp))
     evidence = f"points, after {epochs} epochs: {', '.join(changes_shown)}"
     if exp.scale != "paper":
         return Answer("untested", f"{evidence}; not judged: the paper trained longer")
@@ -103,7 +89,7 @@ def answers_of_searches(exp: Experiment, searches: pd.DataFrame) -> dict[str, An
     The ranking learned at the lowest count, less one learned at the highest; and the search by the fewest steps above
     none, less one by the most.
     """
-    judged = searches[searches.target.isin(judged_targets(exp))]
+    judged = searches[searches.target.isin(verdicts.judged_targets(exp))]
     counts, steps = (judged[judged.question == question] for question in ("targets", "fitness.steps"))
     single = counts[~counts.answer.str.contains(",")]
     by_count = single.assign(place=single.answer.str.strip("%").astype(float))
@@ -122,10 +108,10 @@ def _extremes(exp: Experiment, searches: pd.DataFrame, compared: str) -> Answer:
         return Answer("untested", "")
     (low, least), (high, most) = answers[0], answers[-1]
     lead, count = welch(least, most), len(least)
-    verdict = lead.verdict(margin(exp))
+    verdict = lead.verdict(verdicts.margin(exp))
     verdict = {"ahead": "reproduced", "behind": "not"}.get(verdict, verdict)
     searches = f"{count} searches each" if count > 1 else "one search each, which can't decide it"
-    what = f"points of accuracy after {exp.settings.ablations.steps} steps, over {in_words(judged_targets(exp))}"
+    what = f"points of accuracy after {exp.settings.ablations.steps} steps, over {verdicts.judged_in_words(exp)}"
     return Answer(verdict, f"{compared.format(low, high)}: {lead} {what} ({searches})")
 
 
@@ -152,8 +138,10 @@ def a_set_is_cheap(exp: Experiment) -> Answer:
 
 
 def latency_falls(exp: Experiment) -> Answer:
-    """At a batch size it holds if the median falls at every step from the dense network to the lowest judged target."""
-    ratios = times_over_dense(exp)
+    """Holds at a batch size if LeGR's median falls at every step from the dense network to the last judged target."""
+    times = pd.read_csv(exp.path("compare/latency.csv"))
+    wide = times[times.method.isin(["legr", "dense"])].pivot(index="target", columns="batch", values="latency_ms")
+    ratios = (wide / wide.loc[1]).loc[verdicts.judged_targets(exp)]
     holds = [pd.concat([pd.Series([1.0]), at_batch]).is_monotonic_decreasing for _, at_batch in ratios.items()]
     shown = [
         f"batch {batch}: {', '.join(f'{target:.0%} {ratio:.2f}' for target, ratio in at_batch.items())}"
@@ -162,13 +150,6 @@ def latency_falls(exp: Experiment) -> Answer:
     verdict = "reproduced" if all(holds) else "partly" if any(holds) else "not"
     evidence = f"median time over the dense network's, first trial, {'; '.join(shown)}"
     return Answer(verdict, evidence, f"{ratios.iloc[-1, -1]:.2f}× time")
-
-
-def times_over_dense(exp: Experiment) -> pd.DataFrame:
-    """LeGR's median times over the dense network's, first trial: judged targets (rows) by batch sizes (columns)."""
-    times = pd.read_csv(exp.path("compare/latency.csv"))
-    wide = times[times.method.isin(["legr", "dense"])].pivot(index="target", columns="batch", values="latency_ms")
-    return (wide / wide.loc[1]).loc[judged_targets(exp)]
 
 
 def _papers_drops() -> str:
@@ -183,91 +164,39 @@ def _papers_drops() -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, the paper's number or word, the stage with the evidence, the methods that it takes, and its rule."""
+    """A claim, the paper's number or word, its rule, the stage with the evidence, and the methods that it takes."""
 
     says: str
     paper: str | Callable[[], str]
-    stage: str
-    needs: tuple[str, ...]
     answer: Callable[[Experiment], Answer]
+    stage: str = "compare"
+    needs: tuple[str, ...] = ("legr",)
+
+
+def lead(says: str, paper: str, method: str, other: str) -> Claim:
+    return Claim(says, paper, leads(method, other), needs=(method, other))
 
 
 CLAIMS = (
+    lead("LeGR beats uniform pruning", "claimed", "legr", "uniform"),
+    lead("LeGR beats pruning by norms alone", "implied", "legr", "norm"),
+    lead("Ours: LeGR, ours, beats norms alone", "–", "legr-ours", "norm"),
+    lead("Ours: norms with a rule beat norms alone", "–", "norm-kept", "norm"),
+    lead("Ours: LeGR, ours, beats the rule", "–", "legr-ours", "norm-kept"),
+    Claim("Accuracy falls no further than in the paper", _papers_drops, accuracy_is_kept),
+    Claim("One ranking serves every FLOP count", "claimed", one_ranking_serves, stage="sets/legr"),
     Claim(
-        says="LeGR beats uniform pruning",
-        paper="claimed",
-        stage="compare",
-        needs=("legr", "uniform"),
-        answer=leads("legr", "uniform"),
-    ),
-    Claim(
-        says="LeGR beats pruning by norms alone",
-        paper="implied",
-        stage="compare",
-        needs=("legr", "norm"),
-        answer=leads("legr", "norm"),
-    ),
-    Claim(
-        says="Ours: LeGR, ours, beats norms alone",
-        paper="–",
-        stage="compare",
-        needs=("legr-ours", "norm"),
-        answer=leads("legr-ours", "norm"),
-    ),
-    Claim(
-        says="Ours: norms with a rule beat norms alone",
-        paper="–",
-        stage="compare",
-        needs=("norm-kept", "norm"),
-        answer=leads("norm-kept", "norm"),
-    ),
-    Claim(
-        says="Ours: LeGR, ours, beats the rule",
-        paper="–",
-        stage="compare",
-        needs=("legr-ours", "norm-kept"),
-        answer=leads("legr-ours", "norm-kept"),
-    ),
-    Claim(
-        says="Accuracy falls no further than in the paper",
-        paper=_papers_drops,
-        stage="compare",
-        needs=("legr",),
-        answer=accuracy_is_kept,
-    ),
-    Claim(
-        says="One ranking serves every FLOP count",
-        paper="claimed",
-        stage="sets/legr",
-        needs=("legr",),
-        answer=one_ranking_serves,
-    ),
-    Claim(
-        says="Judging at the lowest FLOP count is enough",
-        paper="claimed; 20 to 80% hardly matters (quoted from memory, not checked)",
+        "Judging at the lowest FLOP count is enough",
+        "claimed; 20 to 80% hardly matters (quoted from memory, not checked)",
+        by_searches("lowest"),
         stage="ablations",
         needs=(),
-        answer=by_searches("lowest"),
     ),
+    Claim("A few steps τ̂ are enough for the fitness", "claimed", by_searches("steps"), stage="ablations", needs=()),
     Claim(
-        says="A few steps τ̂ are enough for the fitness",
-        paper="claimed",
-        stage="ablations",
-        needs=(),
-        answer=by_searches("steps"),
+        "One search for a set costs less than a search per network",
+        "2 to 3 times for seven, against prior work",
+        a_set_is_cheap,
     ),
-    Claim(
-        says="One search for a set costs less than a search per network",
-        paper="2 to 3 times for seven, against prior work",
-        stage="compare",
-        needs=("legr",),
-        answer=a_set_is_cheap,
-    ),
-    Claim(
-        says="Latency falls as FLOPs fall",
-        paper="claimed (Fig. 8)",
-        stage="compare",
-        needs=("legr",),
-        answer=latency_falls,
-    ),
+    Claim("Latency falls as FLOPs fall", "claimed (Fig. 8)", latency_falls),
 )

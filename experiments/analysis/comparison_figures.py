@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from experiments.analysis.figures import COLORS, LABELS, MARKERS, bars, curves, dots, legend, new_figure
+from experiments.analysis.figures import COLORS, LABELS, MARKERS, bars, dots, legend, new_figure
 from experiments.methods import DENSE, METHODS, PAPER
 from legr.graph import Graph
 from legr.ranking import Ranking, select
@@ -269,8 +269,11 @@ def latency(table: pd.DataFrame, caption: str) -> Figure:
         dense = times[times.method == "dense"].iloc[0]
         ax.plot([0, 1], [0, 1], color=PAPER, ls=":", lw=1.2, label="latency ∝ FLOPs")
         ax.plot(1, 1, "D", color=DENSE, label="dense")
-        low, y, high = (times[column] / dense.latency_ms for column in ("low_ms", "latency_ms", "high_ms"))
-        curves(ax, times.assign(x=times.flops / dense.flops, y=y, below=y - low, above=high - y))
+        for method in (name for name in METHODS if name in set(times.method)):
+            shown = times[times.method == method].sort_values("flops")
+            low, y, high = (shown[column] / dense.latency_ms for column in ("low_ms", "latency_ms", "high_ms"))
+            style = {"color": COLORS[method], "marker": MARKERS[method], "label": LABELS[method]}
+            ax.errorbar(shown.flops / dense.flops, y, (y - low, high - y), lw=1.6, ms=6, capsize=2.5, **style)
         ax.set(xlabel="FLOPs / dense", ylabel="latency / dense", xlim=(0, 1.05), ylim=(0, None))
         ax.set_title(f"batch {batch} (dense: {dense.latency_ms:.1f} ms)")
     return legend(figure)

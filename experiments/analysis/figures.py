@@ -22,7 +22,7 @@ from legr.files import atomic, write_text
 from legr.graph import Graph
 from legr.ranking import Ranking
 
-# matplotlib's copy of seaborn's style. seaborn itself is imported where it draws: it takes a second, in every stage.
+# matplotlib's copy of seaborn's style: importing seaborn takes a second, in every stage.
 plt.style.use("seaborn-v0_8-whitegrid")
 plt.rcParams |= {
     "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it, and it has every sign used
@@ -66,14 +66,6 @@ def legend(figure: Figure, columns: int = 3) -> Figure:
     return figure
 
 
-def curves(ax: Axes, points: pd.DataFrame) -> None:
-    """A curve for each method; `points`: columns method, x, y, and the lengths `below` and `above` of error bars."""
-    for name in (name for name in METHODS if name in set(points.method)):
-        shown = points[points.method == name].sort_values("x")
-        style = {"color": COLORS[name], "marker": MARKERS[name], "label": LABELS[name]}
-        ax.errorbar(shown.x, shown.y, (shown.below, shown.above), lw=1.6, ms=6, capsize=2.5, **style)
-
-
 def trials(ax: Axes, points: pd.DataFrame, joined: bool = True) -> None:
     """A dot for each trial, and a line through the means of each method; `points`: columns method, target, x, y."""
     for name in (name for name in METHODS if name in set(points.method)):
@@ -100,14 +92,6 @@ def dots(ax: Axes, values: pd.DataFrame) -> None:
     ax.set_xticks(range(len(categories)), categories)
     ax.set_xlim(-0.5, len(categories) - 0.5)
     ax.grid(visible=False, axis="x")
-
-
-def logarithmic(ax: Axes) -> None:
-    """A logarithmic y axis, with numbers at 1, 2, 5, 10, ..."""
-    ax.set(yscale="log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.minorticks_off()
 
 
 def bars(ax: Axes, dense: Sequence[int], kept: Sequence[int], method: str, label: str = "kept") -> BarContainer:
@@ -178,7 +162,11 @@ def affine_maps(ranking: Ranking, deviations: Sequence[float], method: str, capt
         ax.axhline(norm_only, color=COLORS["norm"], ls="--", lw=1, label="norm-only (α = 1, κ = 0)")
         ax.set(ylabel=label, xlabel="prunable layer, in execution order")
         ax.label_outer()
-    logarithmic(axes[0, 0])
+    top = axes[0, 0]
+    top.set(yscale="log")
+    top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    top.yaxis.set_major_formatter("{x:g}")
+    top.minorticks_off()
     return legend(figure)
 
 

@@ -92,6 +92,7 @@ def _runs(experiments: list[Experiment], hours: pd.DataFrame) -> str:
 def _results(exp: Experiment, answers: pd.DataFrame) -> str:
     """Three tables of an experiment, in Markdown: methods compared, accuracy at every FLOP count, claims."""
     judged, table = verdicts.comparisons(exp), accuracies(exp.networks)
+    claimed = answers.loc[answers.experiment == exp.name, ["claim", "paper", "verdict", "evidence"]]
     machines = distinct(exp.networks).groupby(["hardware", "method"], sort=False).size().groupby("hardware", sort=False)
     trained = [
         f"on {hardware}: {'; '.join(f'{count} of {METHODS[name].label}' for (_, name), count in counts.items())}"
@@ -104,7 +105,7 @@ def _results(exp: Experiment, answers: pd.DataFrame) -> str:
             markdown(judged),
             f"Test accuracy by FLOPs left; the dense network has {exp.dense['accuracy']:.2%}.\n",
             markdown(table),
-            markdown(claims.worded(answers[answers.experiment == exp.name])),
+            markdown(claimed.rename(columns={"evidence": "numbers"}).set_index("claim")),
         ]
     )
 

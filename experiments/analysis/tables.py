@@ -91,28 +91,19 @@ def correlations_in_words(table: pd.DataFrame) -> pd.DataFrame:
     return shown.rename(columns=names).set_index(index)[["rankings", "Spearman's ρ"]]
 
 
-def authors_networks(exp: Experiment) -> dict[str, list[Tensor]]:
-    """Masks as wide as the MobileNetV2 networks that the authors published, "paper 70%" and so on; else empty."""
-    if exp.settings.model != "mobilenet_v2":
-        return {}
-    table = pd.read_csv(Path(__file__).with_name("legrnet.csv"))
-    shares = [f"{target:.0%}" for target in exp.settings.targets if f"{target:.0%}" in table]
-    pairs = {share: zip(table.dense, table[share], strict=True) for share in shares}
-    return {f"paper {share}": [torch.arange(n) < kept for n, kept in layers] for share, layers in pairs.items()}
-
-
 def beside_authors(exp: Experiment) -> dict[str, list[list[Tensor]]]:
-    """Masks of every method's networks, one of each trial where it learns, and of the authors' at the same FLOPs.
-
-    Empty where the authors published none.
+    """Masks of every method's networks, one of each trial where it learns, and as wide as those that the authors
+    published for MobileNetV2 at the same FLOPs: "legr at 70%", "paper 70%". Empty for other networks.
     """
-    networks = {}
-    for name, masks in authors_networks(exp).items():
-        target = float(name.removeprefix("paper ").strip("%")) / 100
+    table, networks = pd.read_csv(Path(__file__).with_name("legrnet.csv")), {}
+    for target in exp.settings.targets if exp.settings.model == "mobilenet_v2" else ():
+        if (share := f"{target:.0%}") not in table:
+            continue
         for method in exp.methods:
             trials = exp.trials(method) if METHODS[method].learned else range(1)
-            networks[f"{method} at {target:.0%}"] = [exp.select(method, target, trial) for trial in trials]
-        networks[name] = [masks]
+            networks[f"{method} at {share}"] = [exp.select(method, target, trial) for trial in trials]
+        layers = zip(table.dense, table[share], strict=True)
+        networks[f"paper {share}"] = [[torch.arange(width) < kept for width, kept in layers]]
     return networks
 
 

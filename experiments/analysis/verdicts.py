@@ -1,8 +1,5 @@
 """How methods stand to each other, by the rules of docs/verdicts.md: endpoints, differences, and these in words."""
 
-import statistics
-from collections.abc import Iterable
-
 import pandas as pd
 
 from experiments.analysis.tables import paper_changes
@@ -54,7 +51,7 @@ def comparisons(exp: Experiment) -> pd.DataFrame:
         values = pd.Series(endpoint(exp, method))
         spread = f" ± {interval(values):.2f}" if len(values) > 1 else ""
         row = {"method": METHODS[method].label, "trials": len(values)}
-        row[f"mean over {in_words(judged_targets(exp))} (%)"] = f"{values.mean():.2f}{spread}"
+        row[f"mean over {judged_in_words(exp)} (%)"] = f"{values.mean():.2f}{spread}"
         for other in PLAIN:
             if other in exp.methods:
                 row[f"minus {METHODS[other].label}"] = "–" if other == method else _judged(exp, method, other)
@@ -79,20 +76,6 @@ def _phrase(exp: Experiment, lead: Difference) -> str:
     if lead is SAME:
         return "the same networks as"
     return PHRASES.get(lead.verdict(margin(exp)), f"equal within {margin(exp):g} points to")
-
-
-def finding(exp: Experiment, method: str) -> str:
-    """One sentence: a method's endpoint, and how it stands to those of the plain methods."""
-    label = METHODS[method].label
-    if exp.settings.data.name == "digits":
-        return f"{label}: digits, no verdict"
-    leads = {other: difference(exp, method, other) for other in PLAIN if other in exp.methods and other != method}
-    phrases = [
-        f"{_phrase(exp, lead)} {METHODS[other].label}" + ("" if lead is SAME else f" ({lead})")
-        for other, lead in leads.items()
-    ]
-    mean = f"{statistics.mean(endpoint(exp, method)):.1f}% in the mean over {in_words(judged_targets(exp))}"
-    return f"{label}: {mean}; {', '.join(phrases)}"
 
 
 def opening(experiments: list[Experiment]) -> str:
@@ -125,9 +108,9 @@ def headline(exp: Experiment) -> str:
     return f"{METHODS[method].label}: " + "; ".join(f"{phrase} {' and '.join(to)}" for phrase, to in phrases.items())
 
 
-def in_words(targets: Iterable[float]) -> str:
-    """FLOP counts in words: 70, 60 and 50% of the FLOPs."""
-    *first, last = [f"{100 * target:g}" for target in targets]
+def judged_in_words(exp: Experiment) -> str:
+    """The judged FLOP counts: 70, 60 and 50% of the FLOPs."""
+    *first, last = [f"{100 * target:g}" for target in judged_targets(exp)]
     return f"{', '.join(first)} and {last}% of the FLOPs" if first else f"{last}% of the FLOPs"
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.settings import DataSettings
@@ -43,7 +42,7 @@ def digits(settings: DataSettings, _: Path | None = None) -> Read:
     grey += 0.15 * torch.randn(grey.shape, generator=torch.Generator().manual_seed(0))
     large = F.interpolate(grey.clamp(0, 1), size=settings.shape[1:], mode="bilinear", align_corners=False)
     pixels = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-    every = _images(settings, pixels, torch.tensor(bunch.target, dtype=torch.int64))
+    every = Images(pixels, torch.tensor(bunch.target, dtype=torch.int64))
     test = torch.arange(len(every)) % 3 == 0
     return [str(d) for d in range(10)], every[~test], every[test], {}
 
@@ -60,7 +59,7 @@ def cifar10(settings: DataSettings, downloads: Path) -> Read:
             raise UserError(f"data.resolution is {settings.resolution}; cifar10 has images of 32 by 32, in colour")
         splits = [_downloaded(CIFAR10, settings, downloads, train=train) for train in (True, False)]
         pixels = [torch.tensor(split.data).permute(0, 3, 1, 2).contiguous() for split in splits]
-        every = (_images(settings, x, torch.tensor(split.targets)) for x, split in zip(pixels, splits, strict=True))
+        every = (Images(x, torch.tensor(split.targets)) for x, split in zip(pixels, splits, strict=True))
         classes, (train, test) = splits[0].classes, (images[images.labels.argsort(stable=True)] for images in every)
     if classes != CIFAR10_CLASSES or (len(train), len(test)) != (50_000, 10_000):
         raise UserError(
@@ -187,10 +186,6 @@ def _walk(top: str | Path, seen: set[str], left_out: Counter) -> Iterator[tuple[
         seen.add(real)
         folders.sort()
         yield here, folders, sorted(files)
-
-
-def _images(settings: DataSettings, pixels: Tensor, labels: Tensor) -> Images:
-    return Images(pixels, labels, settings.augmentation, settings.normalization)
 
 
 def _folder_of(settings: DataSettings) -> str | None:

@@ -18,14 +18,12 @@ from legr.fitness import Fitness, FitnessSettings, Masks
 
 
 @functools.lru_cache(maxsize=64)
-def _fitness(exp: Experiment, settings: FitnessSettings, target: float, seed: int) -> Fitness:
-    return Fitness(exp.model, exp.graph, exp.data, [target], settings, exp.compute, exp.settings.floor, seed)
-
-
-@functools.lru_cache(maxsize=64)
-def _fitness_on_test_images(exp: Experiment, settings: FitnessSettings, target: float, seed: int) -> Fitness:
+def _fitness(
+    exp: Experiment, settings: FitnessSettings, target: float, seed: int = 0, on_test_images: bool = False
+) -> Fitness:
     fitness = Fitness(exp.model, exp.graph, exp.data, [target], settings, exp.compute, exp.settings.floor, seed)
-    fitness.validation = exp.data.test.to(exp.compute.device)
+    if on_test_images:
+        fitness.validation = exp.data.test.to(exp.compute.device)
     return fitness
 
 
@@ -38,7 +36,7 @@ def fitness_made_of(exp: Experiment, what: str, settings: FitnessSettings, kept:
 
 def fitness_of(exp: Experiment, ranking: legr.Ranking, target: float, settings: FitnessSettings) -> float:
     """A ranking's loss on held-out images by a fitness."""
-    fitness = _fitness(exp, settings, target, 0)
+    fitness = _fitness(exp, settings, target)
     (kept,) = fitness.select(ranking)
     wanted = fitness_made_of(exp, "loss on held-out images", settings, kept, 0)
     return measure(exp, wanted, lambda: {"loss": fitness([kept])["loss"]})["loss"]
@@ -47,14 +45,9 @@ def fitness_of(exp: Experiment, ranking: legr.Ranking, target: float, settings: 
 def accuracies_after_steps(exp: Experiment, ranking: legr.Ranking, target: float) -> list[float]:
     """What a fitness should predict: test accuracy after some steps of fine-tuning, with each seed."""
     settings, accuracies = exp.settings.ablations, []
-    steps = FitnessSettings(
-        steps=settings.steps,
-        lr=settings.lr,
-        batch_size=settings.batch_size,
-        recalibration_images=settings.recalibration_images,
-    )
+    steps = FitnessSettings(**settings.model_dump(include=set(FitnessSettings.model_fields)))
     for seed in settings.seeds:
-        fitness = _fitness_on_test_images(exp, steps, target, seed)
+        fitness = _fitness(exp, steps, target, seed, on_test_images=True)
         (kept,) = fitness.select(ranking)
         wanted = fitness_made_of(exp, "accuracy on test images", steps, kept, seed)
         record = measure(exp, wanted, lambda fitness=fitness, kept=kept: {"accuracy": fitness([kept])["accuracy"]})

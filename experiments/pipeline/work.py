@@ -176,14 +176,10 @@ def _train_network(exp: Experiment, method: str, target: float, trial: int, kept
     return values | {"files": files}
 
 
-def cut_shares(exp: Experiment) -> list[float]:
-    """Many fractions of the FLOPs, from all to the lowest target."""
-    return np.linspace(1, min(exp.settings.targets), exp.settings.cuts.number).round(4).tolist()
-
-
 def cut_everywhere(exp: Experiment, method: str) -> None:
-    """Make cuts.csv: a method's networks at many FLOP counts in the first trial, untrained."""
-    rows = jobs.run(exp, cut, [(method, share) for share in cut_shares(exp)], f"{method}: cuts")
+    """Make cuts.csv: a method's networks in the first trial, untrained, from all FLOPs to the lowest target."""
+    shares = np.linspace(1, min(exp.settings.targets), exp.settings.cuts.number).round(4).tolist()
+    rows = jobs.run(exp, cut, [(method, share) for share in shares], f"{method}: cuts")
     write_text(exp.out / "cuts.csv", pd.DataFrame(rows).to_csv(index=False))
     pack(exp, exp.out)
 

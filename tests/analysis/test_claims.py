@@ -92,7 +92,6 @@ def test_a_verdict_is_that_of_the_mean_over_the_papers_counts(experiment, points
 def test_wide_intervals_are_open_and_trials_need_not_be_as_many(experiment):
     exp = experiment(lambda m, target, trial: 0.9 + 0.02 * (trial - 2) * (m == "legr"), more_trials={"legr": 5})
     assert claimed(exp)[0][NORMS] == "undecided"
-    assert "undecided against norm-only (" in verdicts.finding(exp, "legr")
     table = verdicts.comparisons(exp)
     assert table.trials.to_dict() == {METHODS[m].label: 5 if m == "legr" else 3 for m in exp.methods}
 
@@ -103,7 +102,6 @@ def test_a_rule_that_keeps_the_same_filters_is_no_difference(experiment):
     same = exp.networks[exp.networks.method == "norm"].assign(method="norm-kept")
     exp.networks, exp.methods = pd.concat([exp.networks, same]), [*exp.methods, "norm-kept"]
     assert verdicts.comparisons(exp).loc["norm-only + rule", "minus norm-only"] == "the same networks"
-    assert verdicts.finding(exp, "norm-kept").split("FLOPs; ")[1].startswith("the same networks as norm-only, ")
     claim = "Ours: norms with a rule beat norms alone"
     assert [answers[claim] for answers in claimed(exp)] == ["equal within 0.5", "the same networks"]
 

@@ -20,18 +20,9 @@ def tradeoff():
 PAPERS = pd.DataFrame({"network": ["LeGR"], "mflops": [58.9], "accuracy_percent": [93.7], "source": ["paper"]})
 POINTS = pd.DataFrame({"category": ["70%", "47%"] * 2, "method": ["legr"] * 2 + ["uniform"] * 2, "value": [1, 2, 1, 1]})
 POINTS = POINTS.assign(star=POINTS.value == 2)
-VERDICTS = [
-    "ahead",
-    "behind",
-    "equal within 0.5",
-    "undecided",
-    "untested",
-    "reproduced",
-    "partly",
-    "not",
-    "by construction",
-]
+VERDICTS = [*comparison_figures.VERDICTS, "equal within 0.5"]
 CLAIMS = pd.DataFrame({"claim": [f"claim {v}" for v in VERDICTS], "experiment": "one", "verdict": VERDICTS})
+CLAIMS["number"] = "+0.1 ± 0.2"
 DRAWN = {
     "weights as they are": lambda: figures.training(pd.DataFrame([{"epoch": 0, "val_accuracy": 0.9}]), "a caption"),
     "tradeoff of three trials": tradeoff,

@@ -1,11 +1,9 @@
 """params.yaml: what its scales say, overrides, and folders to play in. Mistakes are in test_mistakes.py."""
 
-import re
 import shutil
 
 import pytest
 import yaml
-from dvc.utils.hydra import apply_overrides
 
 import legr
 from experiments.experiment import open_experiment
@@ -32,18 +30,6 @@ def test_every_scale_is_valid(project, scale, name):
     assert f"{scale} scale" in exp.caption and exp.settings.model in exp.caption
 
 
-def test_dvc_rewrites_params_and_changes_one_value(project):
-    """As `dvc exp run -S` does, which reads and writes the whole file, on more lines."""
-    path = project / "params.yaml"
-    before, values = path.read_text(), yaml.safe_load(path.read_text())
-    apply_overrides(path, [f"laptop.{NAME}.finetune.recipe.epochs=3"])
-    values["laptop"][NAME]["finetune"]["recipe"]["epochs"] = 3
-    assert yaml.safe_load(path.read_text()) == values
-    comments = [re.findall("#.*", text) for text in (before, path.read_text())]
-    assert comments[0] == comments[1]
-    assert open_experiment("laptop", NAME, "dense").settings.finetune.recipe.epochs == 3
-
-
 def test_the_paper_scale_is_the_papers_protocol(project):
     settings, photos = (open_experiment("paper", name, "dense").settings for name in (NAME, PHOTOS))
     (dense,), finetune = settings.dense.recipes, settings.finetune.recipe
@@ -65,15 +51,6 @@ def test_the_paper_scale_is_the_papers_protocol(project):
     assert (recipe.label_smoothing, recipe.ema, legr.models.mobilenet_v2(10).classifier[0].p) == (0.1, 0.9999, 0.2)
     rates = [recipe.learning_rate(epoch / 350) for epoch in (0, 2.4, 348)]
     assert rates == pytest.approx([0.016 * 1024 / 256 * 0.97**power for power in (0, 1, 145)])
-
-
-def test_overrides_change_one_setting(project):
-    before = open_experiment("demo", NAME, "dense").settings
-    changed = {"finetune.recipe.epochs": 7, "latency.batches": [2]}
-    after = open_experiment("demo", NAME, "dense", overrides=changed).settings
-    assert (after.finetune.recipe.epochs, after.latency.batches) == (7, (2,))
-    assert after.finetune.recipe.model_copy(update={"epochs": 2}) == before.finetune.recipe
-    assert after.rankings == before.rankings
 
 
 def test_a_method_is_left_out_of_an_experiment_by_its_name_alone(project):

@@ -1,7 +1,6 @@
 """Mistakes that people make: each is one sentence that names the parameter or file, and nothing is written."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -149,15 +148,9 @@ def weights(spoil):
 
 
 FILES = {
-    "a layer too many": (ranking(lambda v: json.dumps({k: [*x, 1] for k, x in v.items()})), "ranking has 56 layers"),
-    "no number": (
-        ranking(lambda v: json.dumps(v | {"scale": [float("nan")] * 55})),
-        "has one that is not a finite number",
-    ),
     "half a ranking": (ranking(lambda v: json.dumps(v)[:99]), r"not a JSON file \(.*\); it should hold the ranking"),
     "no ranking": (lambda _, r: r.unlink(), r"ranking-0\.json does not exist; it holds the ranking; learn it first"),
     "no classifier": (weights(lambda t: t.pop("linear.weight")), r"network\.safetensors is not the dense network's"),
-    "half of the weights": (lambda d, _: os.truncate(d, 100_000), r"network\.safetensors can't be read.* cut off"),
     "no weights": (lambda d, _: d.unlink(), r"network\.safetensors .*No such file.*the stage that makes it"),
 }
 

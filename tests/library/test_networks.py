@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import legr
-from benchmarks.networks import NETWORKS, PAGE, build, try_legr, try_torch_pruning, verdict
+from benchmarks.networks import NETWORKS, PAGE, build, try_legr, verdict
 from tests.conftest import PROJECT
 
 QUICK = ("resnet18", "mobilenet_v3_small", "squeezenet1_1")
@@ -16,13 +16,6 @@ def test_networks_are_pruned_right_or_refused_by_name(name):
     if name.startswith("timm: "):
         pytest.importorskip("timm")
     assert f"\n| {name} | {' | '.join(try_legr(name))} | " in page
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_torch_pruning_is_judged_alike(name):
-    pytest.importorskip("torch_pruning")
-    row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
-    assert row.endswith(f" | {try_torch_pruning(name)} |")
 
 
 def test_the_page_has_all_networks():

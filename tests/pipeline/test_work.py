@@ -1,5 +1,6 @@
 """The work of the stages: every result carries a key and is made once; published weights give the recorded accuracy."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,17 +105,6 @@ def test_a_network_is_trained_once_and_its_file_gives_the_recorded_accuracy(proj
     second = work.train_network(exp, "norm", 0.5, 1)
     assert second["files"] == ["0.5-1.csv"] and second["test_loss"] != first["test_loss"]  # another seed; not published
     assert trained == ["train"] * 2
-
-
-def test_a_result_of_another_device_is_not_made_again(project):
-    """Nor one in another precision, where the settings leave that to the machine."""
-    found = []
-    for device, precision in (("cpu", "float32"), ("cuda", "bfloat16")):
-        exp = opened(project, "sets/norm", {"compute.precision": "auto"})
-        exp.__dict__["compute"] = legr.training.Compute(device=device, precision=precision)
-        wanted = work.network_made_of(exp, exp.select("norm", 0.5), 0)
-        found.append(records.once(exp, "result", wanted, lambda: {"value": len(found)}))
-    assert found[0] == found[1] and (found[0]["device"], found[0]["precision"]) == ("cpu", "float32")
 
 
 @pytest.mark.parametrize(
@@ -247,14 +237,14 @@ def test_the_papers_networks_stand_beside_its_own_experiments_only():
 
 
 def test_the_authors_mobilenets_have_the_flops_that_they_published():
-    exp = open_experiment("paper", PHOTOS, "compare", root=PROJECT)
+    exp = dataclasses.replace(open_experiment("paper", PHOTOS, "compare", root=PROJECT), methods=[])
     graph = legr.trace(models.build("mobilenet_v2", 1000, 0), torch.zeros(1, 3, 224, 224), check=False)
-    theirs = tables.authors_networks(exp)
+    theirs = {name: kept for name, (kept,) in tables.beside_authors(exp).items()}
     found = {name: graph.flops(kept) for name, kept in theirs.items()}
     assert found == {"paper 70%": 210_516_076, "paper 60%": 180_440_219, "paper 50%": 150_376_273}
     kept = tables.blocks_kept(SimpleNamespace(graph=graph, settings=exp.settings), {"paper": list(theirs.values())})
     assert kept.values.tolist() == [["paper", "17, 17, 17", "4, 6, 7"]]
-    assert tables.authors_networks(open_experiment("paper", NAME, "compare", root=PROJECT)) == {}
+    assert tables.beside_authors(open_experiment("paper", NAME, "compare", root=PROJECT)) == {}
 
 
 @pytest.mark.parametrize("weights", ["w.safetensors", "torchvision"])

@@ -26,22 +26,13 @@ from legr import ranking as ranking_module
 from legr.data import Augmentation, Dataset, Normalization, hold_out
 from legr.files import digest
 from legr.fitness import Fitness, FitnessSettings
-from legr.search import Evolution, SearchSettings
+from legr.search import Evolution
 from legr.training import Compute, Recipe, evaluate, train
 from tests.conftest import NAME, PHOTOS, PROJECT
 
 EXPECTED = PROJECT / "tests/project/golden.json"
 EXPERIMENTS = (NAME, PHOTOS)
-SECTIONS = (
-    sections.DenseSettings,
-    sections.RankingSettings,
-    sections.FinetuneSettings,
-    sections.CutSettings,
-    sections.AblationSettings,
-    sections.LatencySettings,
-    sections.Settings,
-    sections.DataSettings,
-)
+SECTIONS = [kind for name, kind in vars(sections).items() if name.endswith("Settings")]
 FLOAT32 = Compute(device="cpu", precision="float32")
 FITNESS = {
     "as pruned": {},
@@ -140,7 +131,7 @@ def defaults() -> dict[str, dict]:
             for name, field in kind.model_fields.items()
             if not field.is_required()
         }
-        for kind in (Recipe, Compute, FitnessSettings, SearchSettings, Augmentation, Normalization, *SECTIONS)
+        for kind in (Recipe, Compute, Augmentation, Normalization, *SECTIONS)
     }
 
 
