@@ -43,7 +43,3 @@ class Compute(Settings):
     def autocast(self) -> torch.autocast:
         torch.backends.cudnn.deterministic = True  # here, as all computing passes; a GPU may else vary from run to run
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16")
-
-    def identity(self) -> list[str]:
-        """What of this a result depends on beyond rounding."""
-        return [self.device.split(":")[0], self.precision]

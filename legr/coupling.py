@@ -66,6 +66,13 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
+def reads(network: fx.GraphModule) -> Counter:
+    """How many steps read each parameter and buffer, by its id."""
+    parts = [attrgetter(n.target)(network) for n in network.graph.nodes if n.op in ("call_module", "get_attr")]
+    tensors = [tensors_of(part).values() if isinstance(part, nn.Module) else [part] for part in parts]
+    return Counter(id(tensor) for of_step in tensors for tensor in of_step)
+
+
 def shapes_of(module: nn.Module) -> dict[str, Any]:
     """Of the parameters; what else a module has may come and go, such as a profiler's counters."""
     return {name: None if is_lazy(p) else tuple(p.shape) for name, p in module.named_parameters()}
@@ -98,9 +105,8 @@ class Labeller(fx.Interpreter):
         self.prunable: list[Operation] = []
         self.whole: dict[str, str] = {}
         self.kinds: dict[fx.Node, type | str] = {}  # of operations with a rule: its name in `RULES`
-        parts = [attrgetter(n.target)(network) for n in network.graph.nodes if n.op in ("call_module", "get_attr")]
-        tensors = [tensors_of(part).values() if isinstance(part, nn.Module) else [part] for part in parts]
-        self.uses = Counter(id(t) for own in tensors for t in own)  # of parameters and buffers, by their id
+        self.uses = reads(network)
+        self.constant: set[fx.Node] = set()  # made of parameters and buffers alone
 
     def found(self, x: Tensor) -> Graph:
         """The graph, by a forward pass of images [N, C, H, W]."""
@@ -143,6 +149,8 @@ class Labeller(fx.Interpreter):
         n, fixed = self.node, tree_map_only(Tensor, _fixed, self.value)
         sources = tree_leaves([self.labels[source] for source in n.all_input_nodes])
         mapped = [x for x in sources if isinstance(x, Tensor)]
+        if n.op == "get_attr" or (n.all_input_nodes and self.constant.issuperset(n.all_input_nodes)):
+            self.constant.add(n)
         if n.op in ("placeholder", "get_attr") or not any(isinstance(x, Tensor) for x in tree_leaves(self.value)):
             return fixed  # a parameter is not cut: what it is combined with isn't either
         if n.op != "output":
@@ -157,13 +165,18 @@ class Labeller(fx.Interpreter):
                 why = "it gives another shape than usual"
             except Exception as error:  # of any kind: a call that the rule does not know
                 why = str(error) if isinstance(error, _Whole) else "it mixes channels, or is called in an unusual way"
-            owner = next(reversed(n.meta.get("nn_module_stack") or {}), "(the network itself)")
-            what = type(self.layer).__name__ if n.op == "call_module" else getattr(n.target, "__name__", n.target)
             if n.op == "call_module" or any(x.any() for x in mapped):
-                self.whole.setdefault(owner.partition("@")[0], f"{what}: {why}")
+                self.stays_whole(why)
         for x in mapped:
             self.join(x, _fixed(x))
         return fixed
+
+    def stays_whole(self, why: str) -> None:
+        """Note why what the current node reads and gives can't be pruned."""
+        n = self.node
+        owner = next(reversed(n.meta.get("nn_module_stack") or {}), "(the network itself)")
+        what = type(self.layer).__name__ if n.op == "call_module" else getattr(n.target, "__name__", n.target)
+        self.whole.setdefault(owner.partition("@")[0], f"{what}: {why}")
 
     def rule(self) -> "Rule":
         """Modules are known by their type, functions and methods by their name."""
@@ -184,7 +197,8 @@ class Labeller(fx.Interpreter):
     def unactivated(self, layers: Sequence[str]) -> tuple[str, ...]:
         """Those of `layers` whose output is added to something or convolved before anything activates it.
 
-        BatchNorm, pooling, a product with weights of channels, and a depthwise convolution activate nothing.
+        BatchNorm, pooling, a product with weights of channels, and a depthwise convolution activate nothing. A product
+        of two maps does, as in x · sigmoid(x).
         """
         reaching: dict[fx.Node, set[str]] = {}  # layers whose output, not activated, a node's value is made of
         unactivated: set[str] = set()
@@ -196,12 +210,14 @@ class Labeller(fx.Interpreter):
             if kind is nn.Conv2d:
                 conv = self.module.get_submodule(str(node.target))
                 convolves = not conv.groups == conv.in_channels == conv.out_channels > 1
+            shapes = [np.shape(self.env[source]) for source in node.args if isinstance(source, fx.Node)]
+            multiplies = kind in MULTIPLYING and len(shapes) == 2 and shapes[0] == shapes[1]
             adds = kind in ADDING and len(node.all_input_nodes) > 1
             if convolves or adds:
                 unactivated |= layers_before
             if convolves:
                 reaching[node] = {str(node.target)}
-            elif kind is not None and kind not in ACTIVATIONS:
+            elif kind is not None and kind not in ACTIVATIONS and not multiplies:
                 reaching[node] = layers_before
         return tuple(layer for layer in layers if layer in unactivated)
 
@@ -273,6 +289,11 @@ def _without_repetition(*tensors: Tensor) -> list[Tensor]:
     return list(tensors)
 
 
+def _varying(labels: Tensor) -> list[int]:
+    """The dimensions along which labels may vary."""
+    return [dim for dim in range(labels.dim()) if labels.shape[dim] > 1 and labels.stride(dim)]
+
+
 def _fixed(value: Tensor) -> Any:
     return torch.tensor(FIXED).expand(value.shape) if value.dim() else FIXED
 
@@ -324,13 +345,23 @@ def _joining(net: Labeller, x: Any, other: Any, **_: Any) -> Tensor:
     """An elementwise operation on two tensors, or on one and a number."""
     if not isinstance(x, Tensor) or not isinstance(other, Tensor):
         return x if isinstance(x, Tensor) else other
-    x, other = torch.broadcast_tensors(x, other)
-    net.join(x, other)
-    return x
+    dims, shape = net.value.dim(), net.value.shape
+    x, other = (labels[(None,) * (dims - labels.dim())] for labels in (x, other))
+    for wide, narrow in ((x, other), (other, x)):
+        if not _varying(narrow) and all(narrow.shape[dim] == 1 for dim in _varying(wide)):
+            net.join(narrow, _fixed(narrow))  # the same for all channels of the other: it stays, and couples nothing
+            return wide.expand(shape)
+    if net.constant.intersection(net.node.all_input_nodes):
+        net.stays_whole("a parameter or buffer is not cut, and so not what it is combined with")
+    net.join(x.expand(shape), other.expand(shape))
+    return x.expand(shape)
 
 
 def _pad(net: Labeller, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
     front, back, *more = [*pad[4:], 0, 0]
+    amounts = net.node.kwargs["pad"] if "pad" in net.node.kwargs else net.node.args[1]
+    if any(isinstance(amount, fx.Node) for amount in amounts[4:5]):
+        raise _Whole("its padding in front is computed")
     if any(more) or front < 0 or back < 0 or ((front or back) and (mode != "constant" or value)):
         raise _Whole("channels can only be padded with zeros")
     inputs = net.channels(x)
@@ -385,7 +416,8 @@ BY_MAP = [
     "mean", "sum", "amax", "amin", "std", "var", "logsumexp",
 ]  # fmt: skip
 ADDING = ["add", "add_", "iadd", "sub", "sub_", "isub"]
-JOINING = [*ADDING, "mul", "mul_", "imul", "div", "div_", "truediv", "itruediv"]
+MULTIPLYING = ["mul", "mul_", "imul"]
+JOINING = [*ADDING, *MULTIPLYING, "div", "div_", "truediv", "itruediv"]
 MOVING = [nn.Flatten, "flatten", "permute", "squeeze", "unsqueeze", "expand_as", "cat", "concat"]
 RULES: dict[type | str, Rule] = {
     **dict.fromkeys(POINTWISE, _pointwise), **dict.fromkeys(BY_MAP, _by_map), **dict.fromkeys(JOINING, _joining),

@@ -244,8 +244,13 @@ class ImageFiles(torch.utils.data.Dataset):
     def augmented_batches(self, size: int, generator: torch.Generator, side: int | None = None) -> Batches:
         from torchvision.transforms import v2
 
-        to = self.shape[1:] if side is None else shrunk(self.shape, side)
-        steps = [v2.RandomResizedCrop(to, (self.augmentation.min_area, 1.0))]
+        _, height, width = self.shape
+        to = (height, width) if side is None else shrunk(self.shape, side)
+        if self.augmentation.crop == "pad":
+            fit = functools.partial(ImageOps.fit, size=(width, height), method=Image.Resampling.BILINEAR)
+            steps = [fit, v2.RandomCrop((height, width), padding=(width // 8, height // 8)), v2.Resize(to)]
+        else:
+            steps = [v2.RandomResizedCrop(to, (self.augmentation.min_area, 1.0))]
         steps += [v2.RandomHorizontalFlip()] if self.augmentation.flip else []
         shuffled = self[torch.randperm(len(self), generator=generator)[: max(len(self) // size, 1) * size]]
         yield from replace(shuffled, transform=v2.Compose(steps)).batches(size, generator)

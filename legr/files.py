@@ -114,16 +114,17 @@ def code_digest(*folders: Path) -> str:
 def computation(model: nn.Module) -> list[str]:
     """What a network computes beyond its weights, as text that is the same in every process.
 
-    That is the traced code of a torch.fx.GraphModule, the public attributes of all modules (training modes are among
-    them), the source of classes that are not PyTorch's, and the names of the parameters that are trained.
+    That is the traced code of a torch.fx.GraphModule, the attributes of all modules (training modes are among them),
+    the source of classes that are not PyTorch's, and the names of the parameters that are trained.
     """
     modules = list(model.named_modules())
     kinds = {kind for _, module in modules for kind in type(module).__mro__}
     kinds = {kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "builtins")}
     text = [module.code for _, module in modules if isinstance(module, fx.GraphModule)]
+    of_every_module = vars(nn.Module()).keys() - {"training"}
     for path, module in modules:
-        public = sorted((name, repr(value)) for name, value in vars(module).items() if not name.startswith("_"))
-        text.append(f"{path} {type(module).__qualname__} {public}")
+        attributes = sorted((name, repr(value)) for name, value in vars(module).items() if name not in of_every_module)
+        text.append(f"{path} {type(module).__qualname__} {attributes}")
     text += sorted(map(source, kinds))
     text += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [re.sub(" at 0x[0-9a-f]+", "", part) for part in text]

@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
+from legr.coupling import reads
 from legr.data import Dataset
 from legr.files import Settings, UserError
 from legr.graph import Graph
@@ -56,6 +57,8 @@ class Fitness:
             traced, given = list(self.graph.inputs), list(self.data.train.shape)
             raise UserError(f"data has images {given}; graph was traced with an example input of {traced}")
         self.targets = sorted(self.targets, reverse=True)
+        if not self.targets:
+            raise UserError("targets is empty; it must have one fraction of the FLOPs or more")
         self.norms = filter_norms(self.model, self.graph)
         self.model = copy.deepcopy(self.model).to(self.compute.device, memory_format=torch.channels_last).eval()
         generator = torch.Generator().manual_seed(self.seed)
@@ -97,6 +100,10 @@ class Fitness:
 
 
 def for_evaluation(network: fx.GraphModule, compute: Compute) -> fx.GraphModule:
-    """`network` changed in place: BatchNorm folded into convolutions, weights in the precision of `compute`."""
+    """`network` changed in place: BatchNorm folded into convolutions, weights in the precision of `compute`.
+
+    Where a tensor is read twice nothing is folded: `fuse` would change it for the other reader, too.
+    """
     dtype = torch.bfloat16 if compute.precision == "bfloat16" else torch.float32
-    return fuse(network, inplace=True, no_trace=True).to(dtype)
+    shared = any(count > 1 for count in reads(network).values())
+    return (network if shared else fuse(network, inplace=True, no_trace=True)).to(dtype)

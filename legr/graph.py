@@ -50,7 +50,7 @@ class Graph:
     other_flops: int  # multiply-accumulates of all else
     whole: dict[str, str]  # modules with an operation whose inputs and outputs can't be pruned, and why
     inputs: tuple[int, ...] = ()  # channels, height and width that the network was traced with
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the network's parameters and buffers
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the network's parameters
     constants: dict[str, Any] = field(default_factory=dict)  # what the network has when it is traced alone, by its path
     frozen: frozenset[str] = frozenset()  # modules that stay in eval mode when the network is trained
     # Layers whose output is added or convolved before anything activates it: residual streams, linear bottlenecks.
@@ -79,7 +79,7 @@ class Graph:
         return [layer.width for layer in self.layers]
 
     def flops(self, kept: Sequence[Tensor] | None = None) -> int:
-        """Multiply-accumulates of one image's forward pass: convolutions and linear layers.
+        """Multiply-accumulates of one image's forward pass: convolutions, linear layers and matrix products.
 
         Args:
             kept: one bool tensor [width] per layer; None: the dense network.

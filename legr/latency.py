@@ -18,9 +18,10 @@ def measure(
 ) -> pd.DataFrame:
     """Latency of each network on random inputs [batch, *shape]: channels, height, width.
 
-    Networks take turns within each repetition, so that a change in the machine's load meets all. Each turn is PyTorch's
-    `Timer`: two calls, in which the network's weights come back to the caches, then the one that is timed. On CUDA a
-    call replays the pass as a CUDA graph: launched layer by layer, small networks would all take the host's time.
+    Networks are put into eval mode. They take turns within each repetition, so that a change in the machine's load
+    meets all. Each turn is PyTorch's `Timer`: two calls, in which the network's weights come back to the caches, then
+    the one that is timed. On CUDA a call replays the pass as a CUDA graph: launched layer by layer, small networks
+    would all take the host's time.
 
     Returns:
         Columns network, batch, latency_ms (median), low_ms and high_ms (quartiles).

@@ -86,9 +86,10 @@ def build(name: str, num_classes: int, seed: int) -> nn.Module:
 
 
 def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict for a file: weights of convolutions and linear layers as float16, all else as it is."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    return {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in state.items()}
+    """A copy for a file: weights of layers (real, two dimensions or more, and in reach) as float16, all else as is."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    halves = {name: tensor.half() for name, tensor in state.items() if tensor.dim() > 1 and tensor.is_floating_point()}
+    return state | {name: half for name, half in halves.items() if half.isfinite().all()}
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:

@@ -71,7 +71,7 @@ class Ranking:
 
     @classmethod
     def load(cls, path: str | Path) -> "Ranking":
-        value = read_json(path, "ranking; learn it first (the ranking stage)")
+        value = read_json(path, "ranking; learn it first (learn_ranking, or the ranking stage)")
         try:
             return cls(value["scale"], value["shift"])
         except (KeyError, TypeError, UserError) as error:
@@ -112,7 +112,9 @@ def select(
     if not 0 <= number_of(floor) < 1:
         raise UserError(f"floor is {floor}; it must be at least 0 and below 1")
     if unknown := set(keep) - {layer.name for layer in graph.layers}:
-        raise UserError(f"keep names {min(unknown)!r}; it must name prunable layers, such as {graph.layers[0].name!r}")
+        raise UserError(
+            f"keep names {min(unknown)!r}; it must be a list of prunable layers, such as {[graph.layers[0].name]}"
+        )
 
     target, floor = number_of(target), number_of(floor)
     dropped = _droppable(graph, np.argsort(score, kind="stable"), floor, keep)

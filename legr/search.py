@@ -38,7 +38,9 @@ class SearchSettings(Settings):
     population: PositiveInt = 64  # P
     evaluations: PositiveInt = 400  # E, the initial population included
     sample: PositiveInt = 16  # S, drawn with replacement
-    mutated: Annotated[float, Field(ge=0, le=1)] = 0.1  # a mutation draws int(mutated · L) of the L layers
+    mutated: Annotated[float, Field(ge=0, le=1)] = (
+        0.1  # a mutation draws int(mutated · L) of the L layers, and one at least
+    )
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -88,13 +90,15 @@ class Evolution:
     def ask(self) -> Ranking:
         """The next candidate: random at first (the P-th is norm-only), then a mutant of a tournament's winner."""
         i, size, layers = len(self.history), self.settings.population, len(self.deviations)
+        if i == 0 and self.start is not None:
+            return self.start
         if i == size - 1:
             return Ranking.norm_only(layers)
         if i < size and self.start is None:  # α = exp(N(0, 1)), κ = N(0, s_l)
             scale = np.exp(self.generator.normal(0, 1, layers))
             return Ranking(tuple(scale), tuple(self.generator.normal(0, 1, layers) * self.deviations))
         if i < size:
-            return self._mutant(self.start, i) if i else self.start
+            return self._mutant(self.start, i)
         drawn = i - size + self.generator.integers(0, size, self.settings.sample)  # the last P are the population
         return self._mutant(self.candidates[min(drawn, key=self._loss)], i)
 
@@ -176,6 +180,7 @@ def learn_ranking(
     path = None
     if state_folder is not None:
         depends_on = [tensors_digest(model.state_dict()), data.digest(), data.train.augmentation.model_dump(), targets]
+        depends_on += [len(data.classes)]
         depends_on += [search.model_dump(), judge.settings.model_dump(), compute.model_dump(), floor]
         depends_on += [start and vars(start), sorted(keep)]
         computed_by = [code_digest(), source(type(data.train)), computation(model), str(graph.traced)]

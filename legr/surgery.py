@@ -74,6 +74,8 @@ def _thin(module: nn.Module, into: np.ndarray, out: np.ndarray) -> nn.Module:
         thin.in_channels = thin.groups * int(into.sum())
     elif isinstance(module, nn.Linear):
         thin.in_features, thin.out_features = int(into.sum()), int(out.sum())
+    elif isinstance(module, nn.PReLU):
+        thin.num_parameters = int(out.sum())
     else:
         thin.num_features = int(out.sum())
     return thin

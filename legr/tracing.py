@@ -244,9 +244,9 @@ def _with_mode_as_buffer(model: nn.Module) -> nn.Module:
 def _difference(model: nn.Module, dense: fx.GraphModule, x: Tensor) -> str | None:
     """What the traced network does otherwise than `model`; None: nothing is seen."""
     unseen = "something in its forward pass that torch.fx does not record, such as torch.no_grad, autocast or a hook"
-    for training in (False, True):
+    for training, images in ((False, x), (True, x), (False, torch.cat([x, x[:1]]))):  # other numbers of images, too
         try:
-            expected, traced = (_run(copy.deepcopy(network).train(training), x) for network in (model, dense))
+            expected, traced = (_run(copy.deepcopy(network).train(training), images) for network in (model, dense))
         except ValueError:  # BatchNorm can't be trained on one value a channel
             continue
         except Exception as error:

@@ -297,6 +297,8 @@ def train(
 ) -> pd.DataFrame:
     """Train `model` in place; epoch e depends on (seed, e) alone, so a resumed run ends the same.
 
+    Crops of `ImageFiles` depend on the number of processes that decode them, too.
+
     Args:
         model: moved to the device, channels last.
         images: training images, on `compute.device`.
@@ -358,7 +360,7 @@ def _strided_depthwise_in_float32(model: nn.Module, compute: Compute) -> Iterato
     """While it lasts: PyTorch's backward pass of these convolutions is slow on CPUs in bfloat16, not in float32."""
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     slow = [conv for conv in convs if conv.groups == conv.in_channels > 1 < max(conv.stride)]
-    if compute.identity() != ["cpu", "bfloat16"]:
+    if not compute.device.startswith("cpu") or compute.precision != "bfloat16":
         slow = []
     for conv in slow:
         conv.forward = torch.amp.custom_fwd(conv.forward, device_type="cpu", cast_inputs=torch.float32)

@@ -89,7 +89,7 @@ def test_a_verdict_is_that_of_the_mean_over_the_papers_counts(experiment, points
     assert (low, high) == pytest.approx((expected.low, expected.high))
 
 
-def test_wide_intervals_are_open_and_trials_need_not_be_as_many(experiment):
+def test_wide_intervals_are_undecided_and_trials_need_not_be_as_many(experiment):
     exp = experiment(lambda m, target, trial: 0.9 + 0.02 * (trial - 2) * (m == "legr"), more_trials={"legr": 5})
     assert claimed(exp)[0][NORMS] == "undecided"
     table = verdicts.comparisons(exp)

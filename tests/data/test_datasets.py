@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import legr
 from experiments.data.datasets import CIFAR10_CLASSES, check_unchanged, load, prepare
@@ -169,6 +170,10 @@ def test_streaming_shows_what_memory_holds_and_epochs_repeat_by_their_seed(both)
     assert epoch(1).shape == (21, 3, 32, 32)  # of 24 images: an incomplete last batch is dropped
     assert torch.equal(epoch(1), epoch(1)) and not torch.equal(epoch(1), epoch(2))
     assert epoch(1, 24).shape == (21, 3, 24, 24)
+    padded = F.pad(memory.fit.pixels, (4, 4, 4, 4))
+    crops = torch.cat([padded[:, :, row : row + 32, column : column + 32] for row in range(9) for column in range(9)])
+    crops = memory.fit.normalization(torch.cat([crops, crops.flip(3)]))
+    assert {x.numpy().tobytes() for x in epoch(1)} <= {x.numpy().tobytes() for x in crops}
 
 
 def test_a_streamed_set_trains_and_is_searched_as_in_memory(both, compute):

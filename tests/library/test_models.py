@@ -36,6 +36,8 @@ def test_saved_weights_come_back_at_half_precision(tmp_path):
     again = load_weights(CifarResNet(1), path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor.half().float() if tensor.dim() > 1 else tensor)
+    others = {"index": torch.tensor([[70_001]]), "out of reach": torch.tensor([[1e6]]), "view": model.bn1.weight[:4]}
+    assert all(torch.equal(others[name], tensor) for name, tensor in legr.models.halved(others).items())
     save_weights(again, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 

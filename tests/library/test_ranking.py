@@ -108,7 +108,9 @@ def test_layers_to_keep_stay_whole_with_all_that_is_coupled(method):
     kept = dict(zip([layer.name for layer in graph.layers], method(graph, norms, 0.7, keep=["stem.0"]), strict=True))
     assert kept["stem.0"].all() and kept["project.0"].all()  # joined by the residual connection
     assert not kept["expand.0"].all()
-    with pytest.raises(legr.UserError, match="keep names 'stem'; it must name prunable layers, such as 'stem.0'"):
+    with pytest.raises(
+        legr.UserError, match="keep names 'stem'; it must be a list of prunable layers, such as \\['stem.0'\\]"
+    ):
         method(graph, norms, 0.7, keep=["stem"])
 
 

@@ -127,7 +127,7 @@ NETWORKS = {  # name: (network, its prunable layers, what stays whole)
         lambda: Net(lambda own, x: F.conv2d(x, own.a.weight), a=conv(bias=False)), ["conv2"], ("itself", "conv2d"),
     ),
     "weight read": (lambda: Net(lambda own, x: x * own.conv1.weight.mean()), ["conv2"], ("conv1", "used twice")),
-    "FrozenBatchNorm": (lambda: Net(lambda own, x: own.a(x), a=FrozenBatchNorm2d(8)), ["conv2"], None),
+    "FrozenBatchNorm": (lambda: Net(lambda own, x: own.a(x), a=FrozenBatchNorm2d(8)), ["conv2"], ("a", "buffer")),
     "GroupNorm": (lambda: Net(lambda own, x: own.a(x), a=nn.GroupNorm(2, 8)), ["conv2"], ("a", "GroupNorm")),
     "PReLU": (lambda: Net(lambda own, x: own.b(own.a(x)), a=nn.PReLU(8), b=nn.PReLU()), ["conv1", "conv2"], None),
     "arithmetic": (
@@ -145,7 +145,19 @@ NETWORKS = {  # name: (network, its prunable layers, what stays whole)
         lambda: Net(lambda own, x: own.a(x), a=nn.ConvTranspose2d(8, 8, 2, 2)), ["conv2"], ("a", "ConvTranspose2d"),
     ),
     "U-Net": (lambda: Net(down_and_up, 16, a=conv()), ["conv1", "a", "conv2"], None),
-    "used twice": (lambda: Net(again, inner=conv()), ["conv2"], ("inner", "used twice")),
+    "used twice": (
+        lambda: Net(again, inner=nn.Sequential(conv(), nn.BatchNorm2d(8))), ["conv2"], ("inner", "used twice"),
+    ),
+    "one number": (
+        lambda: Net(lambda own, x: x + own.b * own.a(x), a=conv(), b=nn.Parameter(torch.ones(1))),
+        ["conv1", "a", "conv2"], None,
+    ),
+    "attention over positions": (
+        lambda: Net(lambda own, x: torch.sigmoid(own.a(x)) * x, a=nn.Conv2d(8, 1, 1)), ["conv1", "conv2"], None,
+    ),
+    "pad by half": (
+        lambda: Net(lambda own, x: F.pad(x, (0, 0, 0, 0, x.size(1) // 4, 2)), 12), ["conv2"], ("itself", "computed"),
+    ),
     "tied": (tied, ["conv2"], ("b", "used twice")),
     "groups": (lambda: Net(lambda own, x: own.a(x), a=conv(groups=2)), ["conv2"], ("a", "groups")),
     "gradient reversal": (
@@ -174,7 +186,7 @@ NETWORKS = {  # name: (network, its prunable layers, what stays whole)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_pruned_network_is_the_masked_one(name):
+def test_the_pruned_network_is_the_masked_one(name, compute):
     build, layers, whole = NETWORKS[name]
     torch.manual_seed(0)
     model = settle(build())
@@ -188,6 +200,7 @@ def test_the_pruned_network_is_the_masked_one(name):
     assert graph.params(kept) == sum(p.numel() for p in small.parameters()) < graph.params()
     masked = silenced(copy.deepcopy(model), graph, kept)
     torch.testing.assert_close(small(x), masked(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(for_evaluation(copy.deepcopy(small), compute)(x), small(x), rtol=1e-4, atol=1e-5)
     assert_same_gradients(small, masked, graph, kept, x)
 
 
@@ -222,6 +235,11 @@ WEIGHT_NORM = parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
     [
         (Net(branching), images(), "module .* can't be traced by torch.fx: .*control flow"),
         (Net(lambda own, x: x * 2 if own.training else x), images(), "other things in training than in evaluation"),
+        (
+            Net(lambda own, x: torch.stack([own.a(each) for each in x.unbind(0)]), a=conv()),
+            images(),
+            "the network can't be run when it is traced|differs in evaluation",
+        ),
         (Net(without_gradient, a=conv()), images(), r"gradient of .* differs in evaluation when .*torch.no_grad"),
         (hooked(), images(), "the gradient of 0.bias differs in evaluation when it is traced, by something .*a hook"),
         (nn.Sequential(nn.DataParallel(Net())), images(), r"model\.0 is a DataParallel; hand in model\.0\.module"),

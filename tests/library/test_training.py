@@ -68,14 +68,14 @@ def test_a_training_interrupted_after_any_epoch_ends_the_same(digits, compute, t
 
 
 class Dropping(nn.Sequential):
-    """The same weights, and another computation by a number that the modules' names do not show."""
+    """The same weights, and another computation by a number that neither names nor public attributes show."""
 
     def __init__(self, p):
         super().__init__(CifarResNet(1))
-        self.p = p
+        self._p = p
 
     def forward(self, x):
-        return nn.functional.dropout(super().forward(x), self.p, self.training)
+        return nn.functional.dropout(super().forward(x), self._p, self.training)
 
 
 def frozen(model):
