@@ -134,7 +134,7 @@ class SearchResult:
     ranking: Ranking  # the best (α, κ)
     history: pd.DataFrame
     candidates: list[Ranking]  # in the order of `history`
-    finalists: pd.DataFrame | None = None  # of a second look: candidate (its place in `history`), loss, accuracy
+    finalists: pd.DataFrame | None = None  # of a second look, see `_second_look`
 
 
 def learn_ranking(
@@ -223,7 +223,11 @@ def _second_look(
     settings: FinalistSettings,
     state_folder: str | Path | None,
 ) -> pd.DataFrame:
-    """Train the best candidates, and norm-only, at every target: columns candidate, loss, accuracy (the mean)."""
+    """Train norm-only and the best candidates at every target.
+
+    Returns:
+        Columns candidate (its place in `history`), loss, accuracy (the mean over targets), seconds (of training).
+    """
     looking = replace(judge, targets=settings.targets)
     fit = looking.data.fit.to(looking.compute.device)
     holdout = looking.data.holdout.to(looking.compute.device)
@@ -235,13 +239,14 @@ def _second_look(
         if key in seen or len(rows) > settings.count:
             continue
         seen.add(key)
-        accuracies = []
+        accuracies, seconds = [], 0.0
         for kept in networks:
             small = prune(looking.model, looking.graph, kept)
-            train(small, fit, settings.recipe, looking.compute, seed=looking.seed, state_folder=state_folder)
+            epochs = train(small, fit, settings.recipe, looking.compute, seed=looking.seed, state_folder=state_folder)
             accuracies.append(evaluate(small, holdout, looking.compute)["accuracy"])
-        rows.append((int(number), float(history.loss[number]), sum(accuracies) / len(accuracies)))
-    return pd.DataFrame(rows, columns=["candidate", "loss", "accuracy"])
+            seconds += epochs.seconds.sum()
+        rows.append((int(number), float(history.loss[number]), sum(accuracies) / len(accuracies), seconds))
+    return pd.DataFrame(rows, columns=["candidate", "loss", "accuracy", "seconds"])
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

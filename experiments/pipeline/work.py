@@ -107,11 +107,15 @@ def _learn(exp: Experiment, method: str, trial: int) -> dict[str, Any]:
     maps = {name: np.array([getattr(c, name) for c in result.candidates]) for name in ("scale", "shift")}
     with atomic(exp.state / f"candidates-{trial}.safetensors") as path:
         save_file(maps, path)
-    norm_only = result.history.loss[settings.search.population - 1]
-    values = {"loss_of_norm_only": norm_only, "loss": float(result.history.loss.min())}
-    values |= {"evaluations": len(result.history), "seconds": round(float(result.history.seconds.sum()), 1)}
-    files = [f"ranking-{trial}.json", f"search-{trial}.csv", f"candidates-{trial}.safetensors"]
-    return values | {"files": files}
+    files, seconds = [f"ranking-{trial}.json", f"search-{trial}.csv", f"candidates-{trial}.safetensors"], 0.0
+    if result.finalists is not None:
+        files.append(f"finalists-{trial}.csv")
+        write_text(exp.state / files[-1], result.finalists.drop(columns="seconds").to_csv(index=False))
+        seconds = result.finalists.seconds.sum()
+    losses = result.history.loss
+    values = {"loss_of_norm_only": losses[settings.search.population - 1]}
+    values |= {"loss": float(losses[result.candidates.index(result.ranking)]), "evaluations": len(losses)}
+    return values | {"seconds": round(float(result.history.seconds.sum() + seconds), 1), "files": files}
 
 
 def search(
