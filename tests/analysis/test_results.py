@@ -42,7 +42,7 @@ def test_files_of_results_are_whole_and_small():
 def test_the_pages_say_what_the_report_found(page, part):
     """The report stage has written what stands there, from the stages' tables."""
     found = (PROJECT / "results/laptop/report" / part).read_text(encoding="utf-8")
-    assert len(found) > 500 and found in (PROJECT / page).read_text(encoding="utf-8")
+    assert len(found) > 200 and found in (PROJECT / page).read_text(encoding="utf-8")
 
 
 def test_what_the_pages_link_to_exists():
