@@ -49,31 +49,23 @@ def test_every_figure_of_the_report_is_drawn(done, browser):
     page.close()
 
 
-def test_the_slider_of_the_report_moves_the_cut(done, browser):
-    page = browser.new_page()
-    page.goto((done / "results" / "demo" / "report" / "index.html").as_uri())
-    picture, slider = page.locator("svg[role=img]"), page.locator("input[type=range]")
-    slider.fill("0")
-    low = picture.inner_html()
-    assert page.locator("output").inner_text() == "50% of the FLOPs"
-    slider.fill(slider.get_attribute("max"))
-    whole = picture.inner_html()
-    assert whole != low and page.locator("output").inner_text() == "100% of the FLOPs"
-    page.locator("select").nth(1).select_option("norm")
-    assert picture.inner_html() != whole
-    page.close()
-
-
-def test_the_slider_keeps_its_share_when_the_experiment_changes(browser):
+def test_the_slider_moves_the_cut_and_keeps_its_share_when_the_experiment_changes(browser):
     """In the committed report, whose experiments are cut at different shares; its text can be read in the dark."""
     page = browser.new_page(color_scheme="dark")
     page.goto((PROJECT / "results" / "laptop" / "report" / "index.html").as_uri())
-    slider, said = page.locator("input[type=range]"), page.locator("output")
+    picture, slider, shown = (page.locator(what) for what in ("svg[role=img]", "input[type=range]", "output"))
+    slider.fill("0")
+    low = picture.inner_html()
+    slider.fill(slider.get_attribute("max"))
+    whole = picture.inner_html()
+    assert whole != low and shown.inner_text() == "100% of the FLOPs"
+    page.locator("select").nth(1).select_option("norm")
+    assert picture.inner_html() != whole
     slider.fill(str(int(slider.get_attribute("max")) // 3))
-    before = int(said.inner_text().split("%")[0])
+    before = int(shown.inner_text().split("%")[0])
     page.locator("select").first.select_option("imagenet-mobilenetv2")
-    assert page.locator("svg[role=img] text").first.evaluate("t => getComputedStyle(t).fill") == "rgb(255, 255, 255)"
-    assert 31 < before < 99 and abs(int(said.inner_text().split("%")[0]) - before) <= 1
+    assert picture.locator("text").first.evaluate("t => getComputedStyle(t).fill") == "rgb(255, 255, 255)"
+    assert 31 < before < 99 and abs(int(shown.inner_text().split("%")[0]) - before) <= 1
     page.close()
 
 
