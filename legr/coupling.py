@@ -18,11 +18,9 @@ FLOPs = 9·P·(3·n + n·m + m·n) + n·K.
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -30,52 +28,15 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from legr.files import UserError
-from legr.graph import Graph, Layer, Operation, because
+from legr.graph import Graph, Layer, Operation, because, reads, tensors_of
 
 FIXED = 0  # the label of channels that must stay
-ADDED = "_added_by_trace"  # how names begin of what only the traced network has, `Flag` and `Function`
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}  # of layers that are cut
 Labels = Tensor  # int64 [channels]
-
-
-class Flag(nn.Module):
-    """Gives whether it is in training mode: what a forward pass reads of its module, and torch.fx can't record."""
-
-    def forward(self) -> bool:
-        return self.training
-
-
-class Function(nn.Module):
-    """Calls a torch.autograd.Function, whose gradient torch.fx does not record."""
-
-    def __init__(self, function: type):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function.apply(*args, **kwargs)
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by their names."""
-    return dict(module.named_parameters()) | dict(module.named_buffers())
-
-
-def reads(network: fx.GraphModule) -> Counter:
-    """How many steps read each parameter and buffer, by its id."""
-    parts = [attrgetter(n.target)(network) for n in network.graph.nodes if n.op in ("call_module", "get_attr")]
-    tensors = [tensors_of(part).values() if isinstance(part, nn.Module) else [part] for part in parts]
-    return Counter(id(tensor) for of_step in tensors for tensor in of_step)
-
-
-def shapes_of(module: nn.Module) -> dict[str, Any]:
-    """Of the parameters; what else a module has may come and go, such as a profiler's counters."""
-    return {name: None if is_lazy(p) else tuple(p.shape) for name, p in module.named_parameters()}
 
 
 class _Whole(Exception):

@@ -10,10 +10,9 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
-from legr.coupling import reads
 from legr.data import Dataset
 from legr.files import Settings, UserError
-from legr.graph import Graph
+from legr.graph import Graph, reads
 from legr.ranking import FLOOR, Ranking, filter_norms, select
 from legr.surgery import prune
 from legr.training import Compute, Recipe, evaluate, recalibrate, take_steps

@@ -8,13 +8,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from legr.files import UserError, tensor_of
+
+ADDED = "_added_by_trace"  # how names begin of what only the traced network has, `Flag` and `Function`
 
 
 @dataclass(frozen=True)
@@ -145,3 +149,41 @@ def per_layer(graph: Graph, values: Sequence[Tensor], name: str) -> list[Tensor]
         if (shape := list(tensors[-1].shape)) != [layer.width]:
             raise UserError(f"{name} for layer {layer.name} has shape {shape}; it must be [{layer.width}]")
     return tensors
+
+
+# What a traced network is made of ----------------------------------------------------------
+
+
+class Flag(nn.Module):
+    """Gives whether it is in training mode: what a forward pass reads of its module, and torch.fx can't record."""
+
+    def forward(self) -> bool:
+        return self.training
+
+
+class Function(nn.Module):
+    """Calls a torch.autograd.Function, whose gradient torch.fx does not record."""
+
+    def __init__(self, function: type):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their names."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def reads(network: fx.GraphModule) -> Counter:
+    """How many steps read each parameter and buffer, by its id."""
+    parts = [attrgetter(n.target)(network) for n in network.graph.nodes if n.op in ("call_module", "get_attr")]
+    tensors = [tensors_of(part).values() if isinstance(part, nn.Module) else [part] for part in parts]
+    return Counter(id(tensor) for of_step in tensors for tensor in of_step)
+
+
+def shapes_of(module: nn.Module) -> dict[str, Any]:
+    """Of the parameters; what else a module has may come and go, such as a profiler's counters."""
+    return {name: None if is_lazy(p) else tuple(p.shape) for name, p in module.named_parameters()}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from legr.coupling import ADDED, TENSORS, shapes_of, tensors_of
+from legr.coupling import TENSORS
 from legr.files import UserError
-from legr.graph import Graph
+from legr.graph import ADDED, Graph, shapes_of, tensors_of
 
 
 def prune(model: nn.Module, graph: Graph, kept: Sequence[Tensor]) -> nn.Module:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from legr.coupling import ADDED, Flag, Function, Labeller, shapes_of, tensors_of
+from legr.coupling import Labeller
 from legr.files import UserError
-from legr.graph import Graph
+from legr.graph import ADDED, Flag, Function, Graph, shapes_of, tensors_of
 from legr.surgery import cut, prune
 
 CALL = nn.Module.__call__  # torch.fx puts its own in this place while it records
