@@ -81,7 +81,8 @@ class CutSettings(Section):
 class AblationSettings(Section):
     """Which fitness predicts the accuracy after a short fine-tuning, and what else a search depends on."""
 
-    rankings: int = Field(24, ge=3)  # norm-only, random ones, and candidates of the searches
+    rankings: int = Field(24, ge=3)  # norm-only, random ones, and candidates of `candidates`
+    candidates: Annotated[dict[str, RankingSettings], Field(min_length=1)]  # a name for figures: a search
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]  # where the fitness is compared
     steps: PositiveInt = 200  # of fine-tuning
     lr: float = Field(0.01, gt=0)

@@ -182,10 +182,13 @@ def prediction(table: pd.DataFrame, correlations: pd.DataFrame, steps: int, capt
         correlations: a row for each panel: target, fitness, spearman.
     """
     figure, axes = new_figure(table, caption, 5 * len(correlations), 4.6, columns=len(correlations))
+    searches = [source for source in table.source.unique() if source not in ("norm", "random")]
+    looks = dict(zip(searches, METHODS, strict=False))  # a search looks as a method does, in the order of their tables
     for ax, panel in zip(axes[0], correlations.itertuples(), strict=True):
         at_target = table[table.target == panel.target]
-        for source, rankings in at_target.groupby("source"):
-            style = {"color": COLORS[source], "marker": MARKERS[source], "ls": "", "ms": 7}
+        for source, rankings in at_target.groupby("source", sort=False):
+            look = looks.get(source, source)
+            style = {"color": COLORS[look], "marker": MARKERS[look], "ls": "", "ms": 7}
             percent, error = 100 * rankings.accuracy, 100 * rankings.deviation
             ax.errorbar(rankings[panel.fitness], percent, error, ecolor=PAPER, elinewidth=1, label=source, **style)
         ax.set(xscale="log", xlabel=f"loss, {panel.fitness}", ylabel=f"test accuracy (%), {steps} steps")

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
 
 import legr
 from experiments.experiment import Experiment
 from experiments.pipeline import jobs, work
 from experiments.records import PACKED, as_written, made_of, masks_digest, measure, measurements, once, pack
 from experiments.settings import RankingSettings
-from legr.files import digest, write_text
+from legr.files import write_text
 from legr.fitness import Fitness, FitnessSettings, Masks
 
 
@@ -56,10 +55,8 @@ def accuracies_after_steps(exp: Experiment, ranking: legr.Ranking, target: float
 
 
 def ablations_made_of(exp: Experiment) -> dict[str, Any]:
-    candidates = [searched(exp, method)[1] for method in exp.settings.rankings]
-    inputs = exp.inputs | {"candidates": digest([list(map(vars, each)) for each in candidates])}
     settings = as_written(exp.settings, {"ablations": True, "floor": True, "targets": True} | work.AUGMENTATION)
-    return made_of(exp, "measurement", settings, inputs)
+    return made_of(exp, "measurement", settings, exp.inputs)
 
 
 def ablate(exp: Experiment) -> dict[str, Any]:
@@ -120,24 +117,33 @@ def _try(exp: Experiment, settings: RankingSettings, trial: int, what: str) -> d
     return {"ranking": vars(result.ranking), "seconds": round(float(result.history.seconds.sum()), 1)}
 
 
-def searched(exp: Experiment, method: str, trial: int = 0) -> tuple[pd.DataFrame, list[legr.Ranking]]:
-    """The history and the candidates of a method's search."""
-    maps = load_file(exp.path(f"rankings/{method}/candidates-{trial}.safetensors"))
-    pairs = zip(maps["scale"].tolist(), maps["shift"].tolist(), strict=True)
-    history = pd.read_csv(exp.path(f"rankings/{method}/search-{trial}.csv"))
-    return history, [legr.Ranking(tuple(scale), tuple(shift)) for scale, shift in pairs]
-
-
 def rankings_to_measure(exp: Experiment) -> list[tuple[str, legr.Ranking]]:
-    """Norm-only, then as many random rankings as candidates of each method's search, from best to worst."""
-    count, methods = exp.settings.ablations.rankings - 1, list(exp.settings.rankings)
-    of_each = count // (len(methods) + 1)
+    """Norm-only, then as many random rankings as candidates of each of the searches for them."""
+    settings = exp.settings.ablations
     rankings = [("norm", legr.Ranking.norm_only(len(exp.norms)))]
-    for method in methods:
-        history, candidates = searched(exp, method)
-        order = history.loss.argsort(kind="stable").to_numpy()
-        evenly = np.linspace(0, len(order) - 1, of_each).round().astype(int)
-        rankings += [(method, candidates[i]) for i in order[evenly]]
+    candidates = jobs.run(exp, candidates_of, [(name,) for name in settings.candidates], "searches for candidates")
+    for name, rankings_of_search in zip(settings.candidates, candidates, strict=True):
+        rankings += [(name, ranking) for ranking in rankings_of_search]
     random = legr.search.Evolution(exp.norms, legr.search.SearchSettings(population=1000, evaluations=1000, seed=99))
-    rankings += [("random", random.ask()) for _ in range(count + 1 - len(rankings))]
-    return rankings
+    return rankings + [("random", random.ask()) for _ in range(settings.rankings - len(rankings))]
+
+
+def candidates_made_of(exp: Experiment, name: str) -> dict[str, Any]:
+    settings = exp.settings.ablations
+    count = (settings.rankings - 1) // (len(settings.candidates) + 1)
+    search = work.ranking_made_of(exp, settings.candidates[name], 0, False)
+    return search | {"candidates": count}
+
+
+def candidates_of(exp: Experiment, name: str) -> list[legr.Ranking]:
+    """Some candidates of a search, evenly from the best to the worst."""
+    wanted = candidates_made_of(exp, name)
+
+    def searched() -> dict[str, Any]:
+        result = work.search(exp, exp.settings.ablations.candidates[name], 0, (), name)
+        order = result.history.loss.argsort(kind="stable").to_numpy()
+        evenly = np.linspace(0, len(order) - 1, wanted["candidates"]).round().astype(int)
+        seconds = round(float(result.history.seconds.sum()), 1)
+        return {"rankings": [vars(result.candidates[i]) for i in order[evenly]], "seconds": seconds}
+
+    return [legr.Ranking(**each) for each in measure(exp, wanted, searched)["rankings"]]
