@@ -18,8 +18,7 @@ from experiments.pipeline import ablations, jobs, work
 from experiments.settings import DenseSettings
 from legr import models
 from legr.files import write_json
-from tests.conftest import NAME, PHOTOS, PROJECT, change, settle
-
+from tests.conftest import NAME, PHOTOS, PROJECT, settle
 
 TRIED = {"search at 50%": 0.5, "search at 90%": 0.9}  # for the ablations' candidates
 
@@ -205,7 +204,7 @@ def test_ablations_are_made_once_and_an_interrupted_one_measures_only_what_is_mi
         ablations.ablate(exp)
     before = len(measured)
     candidates = len(TRIED) * 6  # evaluations of the searches for candidates
-    assert candidates < before <= candidates + 4 * (1 + 2)  # rankings, of which some may be the same, by a fitness and two seeds
+    assert candidates < before <= candidates + 4 * (1 + 2)  # rankings, some the same, by a fitness and two seeds
     record = ablations.ablate(exp)
     searched = 2 * 8  # evaluations of two values of τ̂
     assert before < len(measured) <= before + searched + 2 * 2  # and two seeds of what they found
