@@ -47,11 +47,10 @@ METHODS = {
     method.name: method
     for method in (
         Method("legr", "LeGR", "#0072B2", "o", learned=True),
-        Method("legr-ours", "LeGR, ours", "#56B4E9", "v", learned=True),
+        Method("legr-ours", "LeGR, ours", "#56B4E9", "v", learned=True, keep=True),
         Method("norm", "norm-only", "#D55E00", "s"),
         Method("norm-kept", "norm-only + rule", "#E69F00", "D", keep=True),
         Method("uniform", "uniform", "#009E73", "^", uniform=True),
-        Method("uniform-kept", "uniform + rule", "#CC79A7", "P", uniform=True, keep=True),
     )
 }
 DENSE, PAPER = "#000000", "#7F7F7F"  # colours of the dense network, and of the paper's numbers

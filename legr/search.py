@@ -38,9 +38,8 @@ class SearchSettings(Settings):
     population: PositiveInt = 64  # P
     evaluations: PositiveInt = 400  # E, the initial population included
     sample: PositiveInt = 16  # S, drawn with replacement
-    mutated: Annotated[float, Field(ge=0, le=1)] = (
-        0.1  # a mutation draws int(mutated · L) of the L layers, and one at least
-    )
+    # A mutation draws int(mutated · L) of the L layers, and one at least.
+    mutated: Annotated[float, Field(ge=0, le=1)] = 0.1
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
