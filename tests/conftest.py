@@ -213,8 +213,8 @@ def done(tmp_path_factory):
         demo["finetune"]["recipe"] |= {"epochs": 1, "batch_size": 256}
         fitness = {"as pruned": {"validation_images": 64}, "after 1 step": {"validation_images": 64, "steps": 1}}
         demo["ablations"] |= {"targets": [target], "rankings": 4, "steps": 2, "fitness": fitness}
-        demo["ablations"] |= {"search": {"targets": [target], "search": search}, "vary": {"fitness.steps": [1]}}
-        demo["ablations"]["candidates"] = {"search": {"targets": [target], "search": search}}
+        demo["ablations"] |= {"search": {"targets": [target], "search": dict(search)}, "vary": {"fitness.steps": [1]}}
+        demo["ablations"]["candidates"] = {"search": {"targets": [target], "search": dict(search)}}
         demo["latency"] = {"batches": [1, 4], "repetitions": 2}
 
     change(folder, shorten)
