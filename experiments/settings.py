@@ -90,11 +90,13 @@ class AblationSettings(Section):
     recalibration_images: NonNegativeInt = 0  # after the steps, as in a fitness
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1,)
     fitness: dict[str, FitnessSettings]  # a name for figures: what is measured
-    search: RankingSettings  # of which `vary` changes one setting at a time
-    vary: Annotated[dict[str, tuple[Any, ...]], Field(min_length=1)]  # values of "targets", "fitness.steps", ...
+    search: RankingSettings | None = None  # of which `vary` changes one setting at a time
+    vary: dict[str, tuple[Any, ...]] = Field(default_factory=dict)  # values of "targets", "fitness.steps", ...
 
     @model_validator(mode="after")
     def _are_searches(self) -> "AblationSettings":
+        if self.vary and not self.search:
+            raise ValueError("vary changes one setting at a time of search, which is not there")
         _ = self.variants  # raises where a name is no setting of a search
         return self
 

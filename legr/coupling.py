@@ -68,11 +68,11 @@ class Labeller(fx.Interpreter):
         self.kinds: dict[fx.Node, type | str] = {}  # of operations with a rule: its name in `RULES`
         self.uses = reads(network)
         self.constant: set[fx.Node] = set()  # made of parameters and buffers alone
+        self.other_work = False  # whether an operation without a rule may cost FLOPs
 
     def found(self, x: Tensor) -> Graph:
         """The graph, by a forward pass of images [N, C, H, W]."""
-        with FlopCounterMode(display=False) as counter:
-            self.run(x)
+        self.run(x)
         pairs = torch.cat([torch.empty(2, 0, dtype=torch.int64), *self.joined], 1).numpy()
         links = coo_array((np.ones(pairs.shape[1]), pairs), shape=(self.count, self.count))
         group = connected_components(links, directed=False)[1]  # of each label; labels of a group are joined
@@ -94,9 +94,12 @@ class Labeller(fx.Interpreter):
             whole=self.whole,
             unactivated=self.unactivated([layer.module for layer in layers]),
         )
-        # torch.fx drops parameters that are not used. The counter's FLOPs are two a multiply-accumulate.
+        # torch.fx drops parameters that are not used.
         graph.other_params = sum(p.numel() for p in self.module.parameters()) - graph.params()
-        graph.other_flops = counter.get_total_flops() // (2 * len(x)) - graph.flops()
+        if self.other_work:  # the counter takes seconds to import; its FLOPs are two a multiply-accumulate
+            with FlopCounterMode(display=False) as counter:
+                self.module(x)
+            graph.other_flops = counter.get_total_flops() // (2 * len(x)) - graph.flops()
         return graph
 
     def run_node(self, n: fx.Node) -> Any:
@@ -128,6 +131,7 @@ class Labeller(fx.Interpreter):
                 why = str(error) if isinstance(error, _Whole) else "it mixes channels, or is called in an unusual way"
             if n.op == "call_module" or any(x.any() for x in mapped):
                 self.stays_whole(why)
+            self.other_work = True
         for x in mapped:
             self.join(x, _fixed(x))
         return fixed

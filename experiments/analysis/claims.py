@@ -119,6 +119,8 @@ def by_searches(claim: str) -> Callable[[Experiment], Answer]:
     """One of `answers_of_searches`, from the ablations' results."""
 
     def answer(exp: Experiment) -> Answer:
+        if not exp.settings.ablations.vary:
+            return Answer("untested", "")
         searches = pd.read_csv(exp.path("ablations/searches.csv"), dtype={"answer": str})
         return answers_of_searches(exp, searches)[claim]
 

@@ -60,7 +60,10 @@ def ablations_made_of(exp: Experiment) -> dict[str, Any]:
 
 
 def ablate(exp: Experiment) -> dict[str, Any]:
-    """Make fitness.csv (rankings judged by each fitness) and searches.csv (what searches with other settings find)."""
+    """Make fitness.csv (rankings judged by each fitness) and searches.csv (what searches with other settings find).
+
+    searches.csv is made only where `vary` asks for searches.
+    """
     return once(exp, "ablations", ablations_made_of(exp), lambda: _ablate(exp))
 
 
@@ -69,12 +72,14 @@ def _ablate(exp: Experiment) -> dict[str, Any]:
     rankings = [(source, ranking, t) for t in settings.targets for source, ranking in rankings_to_measure(exp)]
     table = pd.DataFrame(jobs.run(exp, compare_fitness, [each[1:] for each in rankings], "rankings"))
     table = table.assign(source=[source for source, _, _ in rankings], target=[t for _, _, t in rankings])
-    searches = pd.concat(jobs.run(exp, try_search, searches_to_try(exp), "searches"))
-    for name, rows in {"fitness": table, "searches": searches}.items():
-        write_text(exp.state / f"{name}.csv", rows.to_csv(index=False))
+    tables = {"fitness.csv": table}
+    if settings.vary:
+        tables["searches.csv"] = pd.concat(jobs.run(exp, try_search, searches_to_try(exp), "searches"))
+    for name, rows in tables.items():
+        write_text(exp.state / name, rows.to_csv(index=False))
     seconds = sum(record["seconds"] or 0 for record in measurements(exp.out))
     pack(exp, exp.state)
-    return {"files": ["fitness.csv", "searches.csv", PACKED], "seconds": seconds}
+    return {"files": [*tables, PACKED], "seconds": seconds}
 
 
 def compare_fitness(exp: Experiment, ranking: legr.Ranking, target: float) -> dict[str, float]:

@@ -57,6 +57,7 @@ def run_notebook(root: Path, stage: str, scale: str, experiment: str) -> None:
                 progress_bar=False,
                 kernel_name="python3",
                 kernel_manager_class=ThisPython,
+                shutdown_kernel="immediate",  # all is written; to end gracefully takes a second
                 stderr_file=sys.stderr,
                 extra_arguments=["--IPKernelApp.log_level=ERROR"],
             )

@@ -40,7 +40,7 @@ def experiment(tmp_path):
             model="resnet56",
             targets=targets,
             data=SimpleNamespace(name=data),
-            ablations=SimpleNamespace(steps=100),
+            ablations=SimpleNamespace(steps=100, vary=answers),
             finetune=SimpleNamespace(recipe=SimpleNamespace(epochs=5)),
         )
         masks = {1.0: [1, 1, 1], 0.7: [1, 1, 0], 0.15: [1, 0, 0]}

@@ -62,6 +62,7 @@ SETTINGS = {  # what was done: the change, and what the sentence says
     "too few evaluations": (edit("rankings.legr.search.evaluations", 3), "evaluations is 3"),
     "neither weights nor recipes": (edit("dense", {}), "dense.*: it must have weights to start from, recipes"),
     "no such setting to vary": (edit("ablations.vary", {"fitness.step": [1]}), r"vary has fitness\.step: 1"),
+    "nothing to vary": (edit("ablations.search", None), "vary changes one setting at a time of search, which is not"),
     "no such method": (edit("/methods/plain", ["random"]), "method is 'random'"),
     "a method without its ranking": (edit("rankings", {"legr": {"targets": [0.5]}}), "rankings lacks legr-ours"),
     "all held out": (edit("data.holdout", 5000), "holdout is 5000; it must be between 1 and 1197"),

@@ -215,6 +215,8 @@ def test_ablations_are_made_once_and_an_interrupted_one_measures_only_what_is_mi
     one_more = {"ablations.fitness.recalibrated": {"recalibration_images": 64}}
     ablations.ablate(opened(project, "ablations", one_more))
     assert len(measured) == after + 3  # one fitness more is measured for each ranking, and nothing else
+    record = ablations.ablate(opened(project, "ablations", {"ablations.vary": {}}))  # asks for no searches
+    assert record["files"] == ["fitness.csv", "measurements.json"] and len(measured) == after + 3
 
 
 def test_the_cost_of_a_set_is_of_one_machine(tmp_path):

@@ -211,10 +211,7 @@ PUBLISHED = [(name, target) for name in EXPERIMENTS for target in opened(name).s
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [
-        pytest.param(*pair, marks=[] if pair[1] in (0.7, min(opened(pair[0]).settings.targets)) else pytest.mark.slow)
-        for pair in PUBLISHED
-    ],
+    [pytest.param(*pair, marks=[] if pair[1] == 0.7 else pytest.mark.slow) for pair in PUBLISHED],
 )
 def test_the_published_networks_classify_the_committed_images_as_they_did(name, target):
     exp, wanted = opened(name), expected()["right"][name]
