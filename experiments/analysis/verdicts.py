@@ -84,12 +84,13 @@ def opening(experiments: list[Experiment]) -> str:
         return "digits, no verdict"
     *_, method = (name for name in experiments[0].methods if METHODS[name].learned)
     sentences = ["Is a learned ranking worth its search?"]
-    points = {"norm": f"Points of test accuracy of {METHODS[method].label}, over norm-only pruning"}
-    points["norm-kept"] = "Over norm-only with a rule that needs no search"
-    for other, what in points.items():
-        leads = [f"{_judged(exp, method, other)} on {short_title(exp)}" for exp in experiments if other in exp.methods]
-        sentences += [f"{what}: {', '.join(leads)}."] if leads else []
-    return " ".join(sentences)
+    for exp in experiments:
+        phrases = []
+        for other in (name for name in ("norm", "norm-kept") if name in exp.methods):
+            lead = difference(exp, method, other)
+            phrases.append(f"{_phrase(exp, lead)} {METHODS[other].label} ({lead})")
+        sentences.append(f"On {short_title(exp)} the search ({METHODS[method].label}) is {' and '.join(phrases)}.")
+    return " ".join([*sentences, "Points of test accuracy; the rule needs no search."])
 
 
 def short_title(exp: Experiment) -> str:

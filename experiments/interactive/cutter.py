@@ -17,6 +17,7 @@ from experiments.experiment import Experiment
 from experiments.interactive import export, samples
 from experiments.methods import METHODS
 from legr.files import UserError, digest
+from legr.fitness import for_evaluation
 from legr.search import norm_deviations
 from legr.training import predict, recalibrate
 
@@ -140,8 +141,8 @@ class Cutter:
         """Which of the sample's test images the `network` gets right, bool [N]; remembered."""
         key = torch.cat(kept).numpy().tobytes()
         if key not in self._judged:
-            test = self.samples.test
-            logits = predict(self.network(kept), test, self.exp.compute)
+            test, compute = self.samples.test, self.exp.compute
+            logits = predict(for_evaluation(self.network(kept), compute), test, compute)
             self._judged[key] = logits.argmax(1) == test.labels.cpu()
         return self._judged[key]
 

@@ -45,7 +45,7 @@ class Explorer(widgets.VBox):
             raise UserError(f"target is {target}; it must be from {lowest} to 1, between which networks were measured")
         methods = [(LABELS[name], name) for name in exp.methods]
         third, half, whole = (
-            {"layout": widgets.Layout(width=width), "style": {"description_width": "6.5em"}}
+            {"layout": widgets.Layout(width=width), "style": {"description_width": "7.5em"}}
             for width in ("38%", "48.5%", "98%")
         )
         self.method = widgets.Dropdown(options=methods, value=method, description="method", **third)
