@@ -67,7 +67,7 @@ def accuracy_is_kept(exp: Experiment) -> Answer:
     for target in verdicts.judged_targets(exp):
         changes_shown.append(f"{target:.0%} {groups.mean()[target]:+.2f}".replace("-", "−"))
         kept.append(groups.mean()[target] >= changes.get(target, 0) - verdicts.margin(exp))
-    evidence = f"points, after {epochs} epochs: {', '.join(changes_shown)}"
+    evidence = f"LeGR, points after {epochs} epochs: {', '.join(changes_shown)}"
     if exp.scale != "paper":
         return Answer("untested", f"{evidence}; not judged: the paper trained longer")
     return Answer("reproduced" if all(kept) else "partly" if any(kept) else "not", evidence)
@@ -136,6 +136,7 @@ def a_set_is_cheap(exp: Experiment) -> Answer:
     verdict = "reproduced" if seven.lowest >= CHEAPER else "partly" if seven.lowest > SLIGHTLY else "not"
     hours = f"{seven['one search']:.1f} h instead of {seven['a search each']:.1f} h"
     evidence = f"{seven.ratio:.1f}× cheaper for seven networks: {hours} (against a search each, measured times)"
+    evidence += f"; by trial {seven.lowest:.1f} to {seven.highest:.1f} times"
     return Answer(verdict, evidence, f"{seven.ratio:.1f}× cheaper")
 
 

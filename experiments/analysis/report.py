@@ -61,7 +61,7 @@ def _build(experiments: list[Experiment], out: Path) -> None:
     hours = pd.concat({exp.name: computing_hours(exp) for exp in experiments}, names=["experiment"])
     hours.to_csv(out / "compute.csv", float_format="%.4g")
     opening = verdicts.opening(experiments)
-    write_text(out / "answer.md", f"**{opening}**\n")
+    write_text(out / "answer.md", verdicts.in_bullets(*opening) + "\n")
     results = "\n".join(_results(exp, answers) for exp in experiments)
     write_text(out / "results.md", _runs(experiments, hours) + results)
     pictures = _draw(experiments, answers, out)
@@ -86,7 +86,8 @@ def _runs(experiments: list[Experiment], hours: pd.DataFrame) -> str:
     runs = ". ".join(f"{exp.title}: {exp.effort.replace(' · ', ', ')}" for exp in experiments)
     spent = hours.sum(axis=1).groupby("hardware", sort=False).sum()
     took = "; ".join(f"{each:.1f} on {name}" for name, each in spent.items())
-    return f"`{experiments[0].scale}` scale. {runs}. Hours of computing: {took}.\n\n"
+    stars = "*: differs at this FLOP count, by Holm's correction over the paper's; without it no difference is claimed"
+    return f"`{experiments[0].scale}` scale. {runs}. Hours of computing, summed over processes: {took}. {stars}.\n\n"
 
 
 def _results(exp: Experiment, answers: pd.DataFrame) -> str:
@@ -101,7 +102,7 @@ def _results(exp: Experiment, answers: pd.DataFrame) -> str:
     return "\n".join(
         [
             f"## {exp.title}\n",
-            f"Networks trained {'. Networks trained '.join(trained)}.\n",
+            f"Networks trained {'. Networks trained '.join(trained)}. Those that methods share are counted once.\n",
             markdown(judged),
             f"Test accuracy by FLOPs left; the dense network has {exp.dense['accuracy']:.2%}.\n",
             markdown(table),

@@ -78,19 +78,30 @@ def _phrase(exp: Experiment, lead: Difference) -> str:
     return PHRASES.get(lead.verdict(margin(exp)), f"equal within {margin(exp):g} points to")
 
 
-def opening(experiments: list[Experiment]) -> str:
-    """What a search is worth: the last of the learned methods against norm-only, and against the rule."""
+def opening(experiments: list[Experiment]) -> list[str]:
+    """The question, and for each experiment how learned methods and the rule stand to norm-only and to each other."""
     if experiments[0].settings.data.name == "digits":
-        return "digits, no verdict"
-    *_, method = (name for name in experiments[0].methods if METHODS[name].learned)
-    sentences = ["Is a learned ranking worth its search?"]
+        return ["digits, no verdict"]
+    sentences = ["Is a learned ranking worth its search? In points of test accuracy (the rule needs no search):"]
     for exp in experiments:
-        phrases = []
-        for other in (name for name in ("norm", "norm-kept") if name in exp.methods):
-            lead = difference(exp, method, other)
-            phrases.append(f"{_phrase(exp, lead)} {METHODS[other].label} ({lead})")
-        sentences.append(f"On {short_title(exp)} the search ({METHODS[method].label}) is {' and '.join(phrases)}.")
-    return " ".join([*sentences, "Points of test accuracy; the rule needs no search."])
+        learned = [name for name in exp.methods if METHODS[name].learned]
+        pairs = [(method, "norm") for method in (*learned, "norm-kept") if method in exp.methods]
+        if "norm-kept" in exp.methods and difference(exp, "norm-kept", "norm") is not SAME:
+            pairs.append((learned[-1], "norm-kept"))
+        stand = [_stands(exp, *pair) for pair in pairs]
+        sentences.append(f"{short_title(exp)} · {'; '.join(stand)}.")
+    return sentences
+
+
+def in_bullets(question: str, *answers: str) -> str:
+    """Markdown of what `opening` gives."""
+    return "\n".join([f"**{question}**", "", *(f"- {answer}" for answer in answers)])
+
+
+def _stands(exp: Experiment, method: str, other: str) -> str:
+    lead = difference(exp, method, other)
+    number = "" if lead is SAME else f" ({lead})"
+    return f"{METHODS[method].label}: {_phrase(exp, lead)} {METHODS[other].label}{number}"
 
 
 def short_title(exp: Experiment) -> str:
