@@ -73,6 +73,7 @@ def hero(panels: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     figure, axes = new_figure(data, caption, 10.5, 4.3, columns=len(panels))
     for ax, (title, table) in zip(axes[0], panels.items(), strict=True):
         dots(ax, table)
+        ax.margins(y=0.1)  # room for stars
         ax.axhline(0, color=COLORS["norm"], lw=2, zorder=0)
         last = table.category.iloc[-1]
         ends = table[table.category == last].groupby("method").value.mean()

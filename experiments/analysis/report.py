@@ -116,11 +116,13 @@ def _draw(experiments: list[Experiment], answers: pd.DataFrame, out: Path) -> di
     panels = {f"{exp.title}\n{fill(verdicts.headline(exp), 54)}": verdicts.over_norm_only(exp) for exp in experiments}
     about = " | ".join([f"{experiments[0].scale} scale", *(f"{exp.title}: {exp.effort}" for exp in experiments)])
     stars = "dots: trials, bars: means, *: differs from norm-only (Holm); FLOP counts below the paper's are not judged"
+    stars += "; the panels' axes differ"
     figures.save(comparison_figures.hero(panels, f"{about} | {stars}"), out / "hero")
     networks = {exp.name: verdicts.short_title(exp) for exp in experiments}
     runs = " | ".join(f"{networks[exp.name]} {exp.effort}" for exp in experiments)
     numbers = "± numbers: points of test accuracy, mean over the paper's FLOP counts, 95% interval"
-    about = f"{experiments[0].scale} scale | {runs} | {numbers}"
+    words = "partly: less than claimed, or at some batch sizes; untested: these runs can't decide it"
+    about = f"{experiments[0].scale} scale | {runs} | {numbers} | {words}"
     figures.save(comparison_figures.tiles(answers, networks, about), out / "tiles")
     exp = experiments[-1]
     method = next(name for name in exp.methods if METHODS[name].learned)

@@ -1,6 +1,6 @@
 """Load the networks that lie beside this file. It needs torch, torchvision and safetensors.
 
-In a program: `from load import load`, then `network, about = load("legr-0.5")`. Run as a script, it compares the logits
+In a program: `from load import load`, then `network, about = load("norm-0.5")`. Run as a script, it compares the logits
 of each network with those in check.safetensors, which were computed before it was saved.
 """
 

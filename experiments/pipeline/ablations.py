@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 import legr
-from experiments.experiment import Experiment
+from experiments.experiment import Experiment, search_in_words
 from experiments.pipeline import jobs, work
 from experiments.records import PACKED, as_written, made_of, masks_digest, measure, measurements, once, pack
 from experiments.settings import RankingSettings
@@ -131,6 +131,14 @@ def rankings_to_measure(exp: Experiment) -> list[tuple[str, legr.Ranking]]:
         rankings += [(name, ranking) for ranking in rankings_of_search]
     random = legr.search.Evolution(exp.norms, legr.search.SearchSettings(population=1000, evaluations=1000, seed=99))
     return rankings + [("random", random.ask()) for _ in range(settings.rankings - len(rankings))]
+
+
+def in_words(exp: Experiment, record: dict[str, Any]) -> str:
+    """What `ablate` took, and how the searches were made whose candidates are among `rankings_to_measure`: Markdown."""
+    took = f"{record['seconds'] / 3600:.2f} hours of computing. Some of the rankings are candidates of searches:"
+    searches = exp.settings.ablations.candidates.items()
+    lines = [f"- *{name}*: {search_in_words(settings, len(exp.data.holdout))}." for name, settings in searches]
+    return "\n".join([took, "", *lines])
 
 
 def candidates_made_of(exp: Experiment, name: str) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def networks(draw, check=True):
         assume(False)
 
 
-@settings(max_examples=12, **EXAMPLES)
+@settings(max_examples=6, **EXAMPLES)
 @given(networks(), st.integers(0, 1000), st.sampled_from([0.2, 0.5, 0.8]))
 def test_pruned_equals_masked_in_both_modes_and_flops_equal_pytorchs(made, seed, share):
     model, graph, shape = made

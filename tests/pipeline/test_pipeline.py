@@ -216,6 +216,7 @@ def test_a_notebook_that_writes_to_results_refuses_code_from_elsewhere(copy):
     assert contents(copy / "results") == before
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_killed_goes_on(copy):
     """SIGKILL to runner and kernel while the second network trains: the first is not trained again."""
     change(copy, lambda p: p["demo"][NAME].update(targets=[0.45, 0.4], trials=1))

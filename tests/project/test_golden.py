@@ -185,8 +185,11 @@ def check_trainings(name: str) -> None:
         assert norm == pytest.approx(wanted[kind][1], rel=1e-6), kind  # twice the weight decay moves it by more
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-@pytest.mark.parametrize("check", [check_searches, check_networks, check_fitness, check_trainings])
+CHECKS = [(check, name) for check in (check_searches, check_networks, check_fitness) for name in EXPERIMENTS]
+LONG = pytest.param(check_trainings, PHOTOS, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("check", "name"), [*CHECKS, (check_trainings, NAME), LONG])
 def test_the_code_gives_what_it_gave(check: Callable[[str], None], name: str):
     check(name)
 
@@ -211,7 +214,7 @@ PUBLISHED = [(name, target) for name in EXPERIMENTS for target in opened(name).s
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [pytest.param(*pair, marks=[] if pair[1] == 0.7 else pytest.mark.slow) for pair in PUBLISHED],
+    [pytest.param(*pair, marks=[] if pair == (NAME, 0.7) else pytest.mark.slow) for pair in PUBLISHED],
 )
 def test_the_published_networks_classify_the_committed_images_as_they_did(name, target):
     exp, wanted = opened(name), expected()["right"][name]

@@ -55,7 +55,7 @@ def test_the_commands_for_a_network_of_your_own_work(tmp_path):
     assert "</table>" in (tmp_path / "playground/your_model.ipynb").read_text()
     told = shell(tmp_path, check).splitlines()
     networks = {line.partition(":")[0] for line in told}
-    assert {"dense", "norm-0.4", "legr-0.6"} <= networks
+    assert {"dense", "norm-0.4", "legr-ours-0.6"} <= networks
 
 
 @pytest.mark.parametrize("scale", ["demo", "paper"])
