@@ -3,19 +3,12 @@
 # make gpu-check: does a GPU compute what the CPU does, and how fast?
 PYTHON ?= python3
 VENV := .venv
-SCALE := $(shell sed -n 's/^scale: *\([a-z]*\).*/\1/p' params.yaml)
-EXPERIMENTS := cifar10-resnet56 imagenet-mobilenetv2
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro $(EXPERIMENTS) test install ready lint lab bench gpu-check
+.PHONY: repro test install ready lint lab bench gpu-check
 repro: install ready
-	@[ "$(SCALE)" != demo ] || OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(EXPERIMENTS)
 	dvc repro
-	@echo "All notebooks on one page: results/$(SCALE)/report/index.html"
-
-# At demo most of a stage is one thread's work, so both experiments run side by side.
-$(EXPERIMENTS):
-	dvc --wait-for-lock repro $(foreach stage,compare ablations explore,$(stage)@$(SCALE)-$@)
+	@echo "All notebooks on one page: results/$$(sed -n 's/^scale: *\([a-z]*\).*/\1/p' params.yaml)/report/index.html"
 
 test: install
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup
